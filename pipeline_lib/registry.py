@@ -34,7 +34,7 @@ class Table(Mapping[str, type[BaseModel]]):
                 next_step=f"use one of: {', '.join(sorted(self._places))}",
             )
         module, _, attribute = self._places[name].partition(":")
-        plugin = getattr(importlib.import_module(module), attribute)
+        plugin: type[BaseModel] = getattr(importlib.import_module(module), attribute)
         assert issubclass(plugin, BaseModel), f"{self._places[name]} is not a pydantic class"
         return plugin
 

@@ -1,0 +1,1 @@
+"""Rows: reading, mapping, filtering, deduplicating and dividing them. Nothing here needs torch."""
