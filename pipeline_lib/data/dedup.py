@@ -104,15 +104,9 @@ def find_contradictions(rows: Sequence[RowKeys], alive: Iterable[int]) -> dict[i
             claimed_by.setdefault(claim, index)
     refused: dict[int, Refusal] = {}
     for index in counted:
-        other = next(
-            (claimed_by[reverse] for _, reverse in rows[index].preferences if reverse in claimed_by), None
-        )
+        other = next((claimed_by[reverse] for _, reverse in rows[index].preferences if reverse in claimed_by), None)
         if other is not None:
-            reason = (
-                f"{rows[other].where} prefers the opposite"
-                if other != index
-                else "the row contradicts itself"
-            )
+            reason = f"{rows[other].where} prefers the opposite" if other != index else "the row contradicts itself"
             refused[index] = Refusal("E_CONTRADICTION", reason)
     return refused
 

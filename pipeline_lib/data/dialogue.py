@@ -33,9 +33,7 @@ def role_problem(turns: Sequence[Message]) -> Refusal | None:
     """
     for index, turn in enumerate(turns):
         if turn.role == "system" and index > 0:
-            return Refusal(
-                "E_SYSTEM_POSITION", f"turn {index + 1} is a system turn; only the first may be one"
-            )
+            return Refusal("E_SYSTEM_POSITION", f"turn {index + 1} is a system turn; only the first may be one")
     spoken = [turn for turn in turns if turn.role != "system"]
     if not spoken or spoken[0].role != "user":
         return Refusal("E_ROLE_ORDER", "the dialogue does not begin with a user turn")
@@ -77,11 +75,7 @@ def parse_hh(value: Any, *, key: str) -> Turns:
 
 def looks_like_hh(value: Any) -> bool:
     """Tell whether a text is a dialogue in HH's form."""
-    return (
-        isinstance(value, str)
-        and value.lstrip().startswith(("Human:", "Assistant:"))
-        and "\n\nAssistant:" in value
-    )
+    return isinstance(value, str) and value.lstrip().startswith(("Human:", "Assistant:")) and "\n\nAssistant:" in value
 
 
 def shared_prompt(chosen: Turns, rejected: Turns) -> tuple[Turns, str, str]:

@@ -69,11 +69,7 @@ def _prose(docstring: str) -> Iterator[str]:
         lines = _without_signatures(paragraph.splitlines())
         kept: list[str] = []
         for line in lines:
-            if (
-                line.lstrip().startswith((">>>", "::", ".."))
-                or _LIST_LINE.match(line)
-                or _FIELD_LINE.match(line)
-            ):
+            if line.lstrip().startswith((">>>", "::", "..")) or _LIST_LINE.match(line) or _FIELD_LINE.match(line):
                 break
             if kept and _indent(line) > _indent(kept[-1]) + 3:
                 break  # an indented block: code, or a table of options

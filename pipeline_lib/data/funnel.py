@@ -52,9 +52,7 @@ def nothing_left(what: str, tallies: list[Tally], *, next_step: str) -> DataErro
         tallies: The steps that refused the rows.
         next_step: What to do.
     """
-    reasons = sorted(
-        (reason for tally in tallies for reason in tally.reasons()), key=lambda row: (-row[0], row[1])
-    )
+    reasons = sorted((reason for tally in tallies for reason in tally.reasons()), key=lambda row: (-row[0], row[1]))
     num_rejected = sum(count for count, _, _ in reasons)
     if not reasons:
         return DataError(f"{what}: there are no rows at all", next_step=next_step)

@@ -109,9 +109,7 @@ def map_preference(values: dict[str, Any]) -> Mapped:
     """
     chosen, rejected = _need(values, "chosen"), _need(values, "rejected")
     if _is_dialogue(chosen) and _is_dialogue(rejected):
-        prompt, best, worst = shared_prompt(
-            parse_turns(chosen, key="chosen"), parse_turns(rejected, key="rejected")
-        )
+        prompt, best, worst = shared_prompt(parse_turns(chosen, key="chosen"), parse_turns(rejected, key="rejected"))
         _check_same_prompt(values, prompt)
         prompt = _checked_prompt(prompt)
     else:

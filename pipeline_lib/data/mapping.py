@@ -69,9 +69,7 @@ def map_rows(
 
 def _choose(sample: list[tuple[RawRow, Origin]], mapping: FieldMapping, note: Note) -> str:
     """Return the layout most of the sample has; `unknown` where none of it has one."""
-    votes = Counter(
-        name for row, _ in sample if (name := detect(rename(row.values, mapping.fields))) is not None
-    )
+    votes = Counter(name for row, _ in sample if (name := detect(rename(row.values, mapping.fields))) is not None)
     layout, count = votes.most_common(1)[0] if votes else ("unknown", len(sample))
     note(f"layout {layout}: {count} of the first {len(sample)} rows of {sample[0][1].place}")
     return layout
@@ -82,15 +80,11 @@ def _records(row: RawRow, layout: str, mapping: FieldMapping, origin: Origin) ->
     try:
         if layout not in LAYOUTS:
             known = ", ".join(LAYOUTS)
-            raise BadRowError(
-                "E_LAYOUT", f"none of the layouts {known} has the fields {', '.join(values)}"[:180]
-            )
+            raise BadRowError("E_LAYOUT", f"none of the layouts {known} has the fields {', '.join(values)}"[:180])
         mapped = LAYOUTS[layout](values)
         yield from _checked(mapped, values, row, mapping, origin)
     except BadRowError as error:
-        yield reject_raw(
-            error, origin=origin, line=row.line, byte_offset=row.byte_offset, raw=str(row.values)[:800]
-        )
+        yield reject_raw(error, origin=origin, line=row.line, byte_offset=row.byte_offset, raw=str(row.values)[:800])
 
 
 def _checked(

@@ -48,9 +48,7 @@ class LocalPlaces:
         if path.is_file():
             return [str(path)]
         if path.is_dir():
-            return sorted(
-                str(file) for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)
-            )
+            return sorted(str(file) for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
         if path.exists():
             raise DataError(f"{place} is not a regular file", next_step="give a file, a folder or a glob")
         if _GLOB.search(place):

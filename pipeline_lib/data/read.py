@@ -78,9 +78,7 @@ class _Line:
     is_ended: bool
 
 
-def read_jsonl(
-    stream: BinaryIO, *, origin: Origin, limits: ReadLimits | None = None
-) -> Iterator[RawRow | Rejection]:
+def read_jsonl(stream: BinaryIO, *, origin: Origin, limits: ReadLimits | None = None) -> Iterator[RawRow | Rejection]:
     """Read the rows of a JSONL file, plain or gzip by its magic bytes and not by its name.
 
     Lines of white space are no rows. A file that cannot be read on (cut gzip, bomb, not text) ends
@@ -135,9 +133,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRowError(
-            "E_SURROGATE", f"half a character (lone surrogate) at character {error.start}"
-        ) from None
+        raise BadRowError("E_SURROGATE", f"half a character (lone surrogate) at character {error.start}") from None
 
 
 def _judge(line: _Line, *, origin: Origin, limits: ReadLimits) -> RawRow | Rejection:
@@ -182,9 +178,7 @@ def _json_problem(error: json.JSONDecodeError, line: _Line) -> BadRowError:
     text = error.doc.strip()
     if error.msg.startswith("Extra data"):
         if error.doc[error.pos :].lstrip().startswith(("{", "[")):
-            return BadRowError(
-                "E_TWO_OBJECTS", f"a second value begins at character {error.pos}; one object a line"
-            )
+            return BadRowError("E_TWO_OBJECTS", f"a second value begins at character {error.pos}; one object a line")
         return BadRowError("E_JSON", f"text after the object at character {error.pos}")
     if text in ("{", "["):
         return BadRowError("E_JSON", "a bare bracket: pretty-printed JSON; write one object a line")

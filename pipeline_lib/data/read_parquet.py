@@ -18,9 +18,7 @@ from pipeline_lib.schema import Origin, Rejection
 _BATCH_ROWS = 64
 
 
-def read_parquet(
-    stream: BinaryIO, *, origin: Origin, limits: ReadLimits | None = None
-) -> Iterator[RawRow | Rejection]:
+def read_parquet(stream: BinaryIO, *, origin: Origin, limits: ReadLimits | None = None) -> Iterator[RawRow | Rejection]:
     """Read the rows of a Parquet file; the row number from 1 stands for the line.
 
     Parquet is read from its end, so a stream that cannot seek is first spooled to a temporary file.

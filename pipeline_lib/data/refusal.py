@@ -27,9 +27,7 @@ class BadRowError(Exception):
 
 def excerpt(raw: bytes | str) -> str:
     """Return the start of a raw row, at most 200 characters, harmless in a terminal."""
-    text = (
-        raw[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
-    )
+    text = raw[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
     shown = [_visible(char) for char in text[: _EXCERPT_CHARACTERS + 1]]
     joined = "".join(shown)
     return joined if len(joined) <= _EXCERPT_CHARACTERS else joined[: _EXCERPT_CHARACTERS - 1] + "…"

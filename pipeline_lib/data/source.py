@@ -93,8 +93,6 @@ def file_rows(
     yield from map_rows(islice(raw_rows(), source.max_rows), source, origin=lambda: current[0], note=note)
 
 
-def file_fingerprints(
-    paths: Sequence[str], opener: OpenPlace, *, suffixes: tuple[str, ...]
-) -> dict[str, str]:
+def file_fingerprints(paths: Sequence[str], opener: OpenPlace, *, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Return `{file: sha256}` of every file that the places stand for."""
     return {shown_place(file): fingerprint(opener, file) for file in expand(opener, paths, suffixes=suffixes)}

@@ -59,6 +59,9 @@ _WANTED_KIND = {
 }
 
 
+_NamedRule = tuple[str, Rule, Transform | None]
+
+
 class FilterConfig(Frozen):
     """Which rows are kept, and what each may be used for."""
 
@@ -102,8 +105,8 @@ def run(config: FilterConfig, inputs: Inputs, context: StageContext) -> StageOut
         ConfigError: A rule counts tokens and there is no tokenizer to count with.
         DataError: Nothing is left, or too little for a split.
     """
-    rules = [(spec["name"], FILTERS.build(spec)) for spec in config.rules]
-    tools = _tools([rule for _, rule in rules], inputs, context)
+    rules = [_named_rule(spec) for spec in config.rules]
+    tools = _tools([rule for _, rule, _ in rules], inputs, context)
     with (
         tempfile.TemporaryDirectory(dir=context.workdir.parent) as scratch,
         (context.workdir / "rejections.jsonl").open("wb") as rejections,
@@ -116,16 +119,17 @@ def run(config: FilterConfig, inputs: Inputs, context: StageContext) -> StageOut
         refused = _apply_steps_over_all(config.dedup, kept.rows, tallies)
         alive = [index for index in range(len(kept.rows)) if index not in refused]
         if not alive:
-            raise nothing_left(
-                "the filtered set", tallies, next_step="relax the rules named, or collect more rows"
-            )
+            raise nothing_left("the filtered set", tallies, next_step="relax the rules named, or collect more rows")
         context.progress(0.7, "dividing prompts")
         splits = assign_splits([kept.links[index] for index in alive], config.split)
-        counts = _write_splits(
-            passed, refused, dict(zip(alive, splits, strict=True)), context.workdir, rejections
-        )
+        counts = _write_splits(passed, refused, dict(zip(alive, splits, strict=True)), context.workdir, rejections)
     _check_sizes(counts, config)
     return _finish(tallies, counts, context.workdir)
+
+
+def _named_rule(spec: PluginSpec) -> _NamedRule:
+    rule: Rule = FILTERS.build(spec)
+    return spec["name"], rule, rule if isinstance(rule, Transform) else None
 
 
 def _tools(rules: list[Rule], inputs: Inputs, context: StageContext) -> Tools:
@@ -144,11 +148,11 @@ def _tools(rules: list[Rule], inputs: Inputs, context: StageContext) -> Tools:
 
 
 def _apply_rules(
-    records: Iterable[Record], rules: list[tuple[str, Rule]], tools: Tools, config: FilterConfig,
+    records: Iterable[Record], rules: list[_NamedRule], tools: Tools, config: FilterConfig,
     passed: Path, rejections: BinaryIO, context: StageContext,
 ) -> tuple[list[Tally], _Kept]:  # fmt: skip
     """Judge one record after the other; write those that pass and those that do not."""
-    tallies = [Tally(name) for name, _ in rules]
+    tallies = [Tally(name) for name, _, _ in rules]
     kept = _Kept([], [])
     with passed.open("wb") as file:
         for number, record in enumerate(records, start=1):
@@ -163,17 +167,17 @@ def _apply_rules(
 
 
 def _judge(
-    record: Record, rules: list[tuple[str, Rule]], tools: Tools, tallies: list[Tally], rejections: BinaryIO
+    record: Record, rules: list[_NamedRule], tools: Tools, tallies: list[Tally], rejections: BinaryIO
 ) -> Record | None:
-    for (name, rule), tally in zip(rules, tallies, strict=True):
+    for (name, rule, transform), tally in zip(rules, tallies, strict=True):
         refusal = rule.reject(record, tools)
         if refusal is not None:
             rejections.write(row_line(reject_record(refusal, record, stage=name)))
             tally.reject(refusal.code, f"{describe_place(record.origin)}: {refusal.reason}")
             return None
         tally.keep()
-        if isinstance(rule, Transform):
-            record = rule.transform(record)
+        if transform is not None:
+            record = transform.transform(record)
     return record
 
 
@@ -250,9 +254,7 @@ def _finish(tallies: list[Tally], counts: dict[Split, Counter[str]], workdir: Pa
     assert not steps or steps[-1].rows_kept == num_kept, "a row was lost between the rules and the splits"
     rejected: Counter[str] = sum((Counter(step.rejected) for step in steps), Counter())
     write_json(workdir / "funnel.json", [step.model_dump(mode="json") for step in steps])
-    by_split: dict[str, Any] = {
-        split.value: dict(sorted(by_kind.items())) for split, by_kind in counts.items()
-    }
+    by_split: dict[str, Any] = {split.value: dict(sorted(by_kind.items())) for split, by_kind in counts.items()}
     summary = {
         "rows": num_in, "kept": num_kept, "rejected": dict(sorted(rejected.items())), "splits": by_split,
     }  # fmt: skip

@@ -64,9 +64,7 @@ class S3Places:
                 body = self._client.get_object(Bucket=bucket, Key=key)["Body"]
             except ClientError as error:
                 if error_code(error) in MISSING_CODES:
-                    raise DataError(
-                        f"{place} does not exist", next_step="correct the bucket or the key"
-                    ) from error
+                    raise DataError(f"{place} does not exist", next_step="correct the bucket or the key") from error
                 raise
         return cast("BinaryIO", _ObjectStream(body, settings, place))
 

@@ -24,7 +24,9 @@ CONFIG = SplitConfig()
 def record(*texts: str, group: str = "", line: int = 1) -> Record:
     roles = ["user", "assistant"] * len(texts)
     messages = tuple(Message(role=role, content=text) for role, text in zip(roles, texts, strict=False))
-    return Record.create(messages, (Response(content="r"),), origin=Origin(source="s", place="f", line=line), group=group)
+    return Record.create(
+        messages, (Response(content="r"),), origin=Origin(source="s", place="f", line=line), group=group
+    )
 
 
 def divide(records: list[Record], config: SplitConfig = CONFIG) -> list[Split]:
@@ -78,12 +80,19 @@ def test_fractions_are_met_and_seeds_differ() -> None:
 
 def test_a_split_with_fraction_0_gets_nothing() -> None:
     config = SplitConfig(fractions=SplitFractions(sft=0.5, reward=0.5, policy=0, reward_test=0, gate=0))
-    assert set(divide([record(f"tell me about subject {n}") for n in range(500)], config)) == {Split.SFT, Split.REWARD}
+    assert set(divide([record(f"tell me about subject {n}") for n in range(500)], config)) == {
+        Split.SFT,
+        Split.REWARD,
+    }
 
 
 def test_dialogues_with_one_opening_stay_together() -> None:
     opening = "How do I bake a cake?"
-    rows = [record(opening), record(opening, "a", "And with cream?"), record(opening, "b", f"{opening} again")]
+    rows = [
+        record(opening),
+        record(opening, "a", "And with cream?"),
+        record(opening, "b", f"{opening} again"),
+    ]
     assert len(set(divide(rows))) == 1
     apart = SplitConfig(by_opening=False, seed=3)
     many = [record(opening, f"answer {n}", f"follow-up {n}") for n in range(50)]

@@ -31,9 +31,7 @@ class Length(Frozen):
     @property
     def needs_tokens(self) -> bool:
         """True where a bound is in tokens."""
-        return not (
-            self.max_prompt_tokens is None and self.max_response_tokens is None and self.max_tokens is None
-        )
+        return not (self.max_prompt_tokens is None and self.max_response_tokens is None and self.max_tokens is None)
 
     def reject(self, record: Record, tools: Tools) -> Refusal | None:
         """Refuse a record one of whose texts is out of bounds."""
@@ -58,29 +56,19 @@ class Length(Frozen):
         for answer in answers:
             words = len(answer.split())
             if words < self.min_response_words:
-                return Refusal(
-                    "E_TOO_SHORT", f"a response of {words} words, at least {self.min_response_words}"
-                )
+                return Refusal("E_TOO_SHORT", f"a response of {words} words, at least {self.min_response_words}")
             if self.max_response_words is not None and words > self.max_response_words:
-                return Refusal(
-                    "E_TOO_LONG", f"a response of {words} words, at most {self.max_response_words}"
-                )
+                return Refusal("E_TOO_LONG", f"a response of {words} words, at most {self.max_response_words}")
         return None
 
     def _by_tokens(self, prompt: str, answers: list[str], counter: TokenCounter) -> Refusal | None:
         prompt_tokens = counter.count(prompt)
         if self.max_prompt_tokens is not None and prompt_tokens > self.max_prompt_tokens:
-            return Refusal(
-                "E_TOO_LONG", f"a prompt of {prompt_tokens} tokens, at most {self.max_prompt_tokens}"
-            )
+            return Refusal("E_TOO_LONG", f"a prompt of {prompt_tokens} tokens, at most {self.max_prompt_tokens}")
         for answer in answers:
             tokens = counter.count(answer)
             if self.max_response_tokens is not None and tokens > self.max_response_tokens:
-                return Refusal(
-                    "E_TOO_LONG", f"a response of {tokens} tokens, at most {self.max_response_tokens}"
-                )
+                return Refusal("E_TOO_LONG", f"a response of {tokens} tokens, at most {self.max_response_tokens}")
             if self.max_tokens is not None and prompt_tokens + tokens > self.max_tokens:
-                return Refusal(
-                    "E_TOO_LONG", f"{prompt_tokens + tokens} tokens together, at most {self.max_tokens}"
-                )
+                return Refusal("E_TOO_LONG", f"{prompt_tokens + tokens} tokens together, at most {self.max_tokens}")
         return None

@@ -25,7 +25,5 @@ class LengthRatio(Frozen):
         lengths = [max(len(answer.content), self.grace_characters) for answer in record.responses]
         ratio = max(lengths) / min(lengths)
         if ratio > self.at_most:
-            return Refusal(
-                "E_LENGTH_RATIO", f"one response is {ratio:.1f} times as long, at most {self.at_most:g}"
-            )
+            return Refusal("E_LENGTH_RATIO", f"one response is {ratio:.1f} times as long, at most {self.at_most:g}")
         return None

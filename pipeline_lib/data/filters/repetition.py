@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from pydantic import Field
@@ -41,8 +42,5 @@ class Repetition(Frozen):
         _, count = phrases.most_common(1)[0] if phrases else (None, 0)
         if count >= 3 and (covered := 4 * count / len(words)) > self.max_phrase_frac:
             return f"has one phrase in {min(covered, 1.0):.0%} of its words"
-        run, longest, previous = 0, 0, ""
-        for char in text:
-            run = run + 1 if char == previous and not char.isspace() else 1
-            longest, previous = max(longest, run), char
-        return f"has one character {longest} times in a row" if longest > self.max_character_run else None
+        run = re.search(rf"(\S)\1{{{self.max_character_run},}}", text)
+        return f"has one character {len(run.group())} times in a row" if run else None

@@ -10,6 +10,7 @@ from pipeline_lib.schema import Message, Record
 from pipeline_lib.text.normalize import (
     has_lone_surrogate,
     has_zalgo,
+    normalise,
     strip_bidi,
     strip_controls,
     strip_tags,
@@ -44,9 +45,7 @@ class Unicode(Frozen):
 
     def transform(self, record: Record) -> Record:
         """Return the record in its normal form; its id follows its content, its group stays."""
-        messages = tuple(
-            Message(role=turn.role, content=self._form(turn.content)) for turn in record.messages
-        )
+        messages = tuple(Message(role=turn.role, content=self._form(turn.content)) for turn in record.messages)
         responses = tuple(
             answer.model_copy(update={"content": self._form(answer.content)}) for answer in record.responses
         )
@@ -57,6 +56,8 @@ class Unicode(Frozen):
         )
 
     def _form(self, text: str) -> str:
+        if self == _EVERYTHING:
+            return normalise(text)
         text = unify_line_ends(text)
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
@@ -69,3 +70,6 @@ class Unicode(Frozen):
         if self.zero_width:
             text = strip_zero_width(text)
         return unicodedata.normalize("NFC", text) if self.nfc else text
+
+
+_EVERYTHING = Unicode()

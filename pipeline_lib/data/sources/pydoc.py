@@ -158,9 +158,7 @@ class Pydoc(Frozen):
                 continue
             for qualified, kind, value in _public_names(module, name, include_methods=self.include_methods):
                 try:
-                    text = first_paragraph(
-                        _own_doc(value), min_words=self.min_words, max_words=self.max_words
-                    )
+                    text = first_paragraph(_own_doc(value), min_words=self.min_words, max_words=self.max_words)
                     yield name, _Entry(qualified, kind, text)
                 except BadRowError as error:
                     yield name, self._reject(error, qualified, raw=_own_doc(value))
@@ -180,9 +178,7 @@ class Pydoc(Frozen):
 
     def _records(self, entry: _Entry, sibling: _Entry | None, *, group: str) -> Iterator[Record]:
         templates = _ASK_WHAT_IT_IS if entry.kind in ("class", "exception") else _ASK_WHAT_IT_DOES
-        ranked = sorted(
-            range(len(templates)), key=lambda k: derive_seed(self.seed, "pydoc", "phrasing", entry.name, k)
-        )
+        ranked = sorted(range(len(templates)), key=lambda k: derive_seed(self.seed, "pydoc", "phrasing", entry.name, k))
         shown = entry.name.removeprefix("builtins.")
         questions = [templates[k].format(name=shown, kind=entry.kind) for k in ranked[: self.phrasings]]
         origin = Origin(source=self.label, license=self.license, place=entry.name)
@@ -242,9 +238,7 @@ def _is_own(value: Any, module: str) -> bool:
     home = getattr(value, "__module__", None)
     if home is None or home == module:
         return True
-    return isinstance(home, str) and (
-        home.startswith(("_", f"{module}.")) or home in ("posix", "nt", "builtins")
-    )
+    return isinstance(home, str) and (home.startswith(("_", f"{module}.")) or home in ("posix", "nt", "builtins"))
 
 
 def _own_doc(value: Any) -> str:

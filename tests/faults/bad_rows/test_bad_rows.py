@@ -219,9 +219,7 @@ print(codes, int(status.split("VmHWM:")[1].split()[0]) // 1024)
 def test_memory_stays_bounded(content: bytes, codes: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROGRAM, str(path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", MEMORY_PROGRAM, str(path)], capture_output=True, text=True, check=True)
     found, peak_mib = done.stdout.rsplit(maxsplit=1)
     assert found == codes
     assert int(peak_mib) <= 256

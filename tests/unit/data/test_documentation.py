@@ -21,7 +21,10 @@ from pipeline_lib.schema import Record, Rejection
         ("Return the smaller of two\nnumbers.\n\nMore.", "Return the smaller of two numbers."),
         ("f(x) -> int\n\nReturn the square of x.", "Return the square of x."),
         ("acos(x) -> float: Return the arc cosine of x", "Return the arc cosine of x."),
-        ("range(stop) -> range object\nrange(a, b) -> range object\n\nReturn an object of numbers.", "Return an object of numbers."),
+        (
+            "range(stop) -> range object\nrange(a, b) -> range object\n\nReturn an object of numbers.",
+            "Return an object of numbers.",
+        ),
         ("f(a, b=(1, 2))\nreturns the sum of both", "Returns the sum of both."),
         ("Use ``x`` and :func:`~os.path.join` with *args* now.", "Use `x` and `os.path.join` with args now."),
         ("Make a list of things.\n>>> f()\n1", "Make a list of things."),
