@@ -24,7 +24,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]`]*\s+(?=[A-Z`\"'(])")
 _ABBREVIATION = re.compile(r"(?:\be\.g|\bi\.e|\betc|\bcf|\bvs|\bvol|\bno|\bsec|\bp)\.$", re.IGNORECASE)
 _MACHINE_TALK = re.compile(
     r"help\(type|initialize self|see class docstring|^alias(es)? (for|of)\b|for internal use|"
-    r"\bTODO\b|\bXXX\b|^deprecated\b|^see (also )?\b|^undocumented|^like\b|not documented|"
+    r"\bTODO\b|\bXXX\b|^deprecated\b|^see (also )?\b|^undocumented|^like\b|not documented|all arguments are optional|"
     r"^helper for\b|^internal\b(?! error)|this class is deprecated",
     re.IGNORECASE,
 )
