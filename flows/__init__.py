@@ -1,0 +1,1 @@
+"""What Prefect deploys: flows, wiring only; and the command line."""

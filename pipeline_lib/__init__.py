@@ -1,0 +1,1 @@
+"""Prefline as a library: plain Python that knows nothing of Prefect."""

@@ -1,0 +1,1 @@
+"""Measuring models, weighing the evidence, telling the story."""

@@ -1,0 +1,1 @@
+"""Losses: pure arithmetic on log-probabilities and scores. No model is called here."""

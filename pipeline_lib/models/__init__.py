@@ -1,0 +1,1 @@
+"""Models: load, adapt, score, sample, publish."""

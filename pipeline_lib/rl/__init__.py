@@ -1,0 +1,1 @@
+"""Reinforcement-learning arithmetic: advantages, KL, rewards. No model is called here."""

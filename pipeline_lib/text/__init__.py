@@ -1,0 +1,1 @@
+"""Text into token ids and batches."""

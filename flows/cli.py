@@ -1,0 +1,270 @@
+"""The command `prefline`: run, look, explain, check, serve."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline_lib.errors import InterruptedRunError, PipelineError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Align language models with human preferences: one resumable pipeline, from rows to a promoted model.",
+)  # fmt: skip
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a preset in configs/.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value; may be given several times.")]
+Home = Annotated[Path, typer.Option("--home", envvar="PREFLINE_HOME", help="Folder of the embedded servers.")]
+DEFAULT_HOME = Path(".prefline")
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, home: Home = DEFAULT_HOME) -> None:
+    """Run the pipeline, or what is left of it, and print what came out."""
+    from flows.embedded import prefect_api
+    from tasks.progress import console
+
+    loaded = _load(config, [*(overrides or []), f"runtime.home={home}"])
+    started = time.monotonic()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with _interruptible(), prefect_api(home):
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        from flows.align import align
+
+        console.start()
+        try:
+            result = align(loaded)
+        finally:
+            console.stop()
+            APILogWorker.drain_all()  # before the embedded server ends
+            EventsWorker.drain_all()
+    print(_summary(result, seconds=time.monotonic() - started, home=home))
+
+
+@app.command("show-config")
+def show_config(config: Config, overrides: Overrides = None) -> None:
+    """Print every value of a configuration and where it comes from."""
+    from pipeline_lib.config import find_config, flatten, load
+    from pipeline_lib.stages.run_config import RunConfig
+
+    loaded = load(find_config(config), RunConfig, overrides)
+    for key, value in flatten(loaded.value.model_dump(mode="json")).items():
+        origin = next((place for name, place in loaded.origins.items() if key == name or key.startswith(f"{name}.")), "default")
+        print(f"{key} = {json.dumps(value, ensure_ascii=False)}  ({origin})")
+
+
+@app.command()
+def diff(first: Config, second: Annotated[str, typer.Argument(help="The other configuration.")]) -> None:
+    """Print the values in which two configurations differ."""
+    from pipeline_lib.config import differences
+
+    for key, (left, right) in differences(_load(first, []), _load(second, [])).items():
+        print(f"{key}: {json.dumps(left)} -> {json.dumps(right)}")
+
+
+@app.command("list")
+def list_plugins(kind: Annotated[str, typer.Argument(help="sources, filters, losses, gate-metrics or stages.")]) -> None:
+    """Print the plug-ins of a kind with their parameters."""
+    from flows.listing import describe
+
+    print(describe(kind))
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Argument(help="models:/NAME@alias, models:/NAME/VERSION, or an artifact's id.")],
+    home: Home = DEFAULT_HOME,
+    rows: Annotated[int, typer.Option(help="Training rows to print with their sources.")] = 3,
+) -> None:
+    """Print the lineage of a model version, back to sources, rows and configuration."""
+    from flows.explain import explain as explain_target
+
+    print(explain_target(target, home=home, num_rows=rows))
+
+
+@app.command()
+def fsck(
+    home: Home = DEFAULT_HOME,
+    repair: Annotated[bool, typer.Option(help="Forget stage results whose files are damaged.")] = False,
+) -> None:
+    """Check every artifact's hashes and every pointer."""
+    from pipeline_lib.storage.fsck import check
+
+    from tasks.services import open_store
+
+    with open_store(home) as (_, store):
+        report = check(store, repair=repair)
+    print(report.in_words())
+    if report.num_errors:
+        raise typer.Exit(23)
+
+
+@app.command()
+def rollback(config: Config, home: Home = DEFAULT_HOME) -> None:
+    """Make the former champion champion again, and bar the present one."""
+    from pipeline_lib.stages.promote import roll_back
+    from pipeline_lib.tracking import ModelRegistry
+    from tasks.services import open_store, tracking_settings
+
+    promote_config = _load(config, []).promote
+    with open_store(home) as (storage, store):
+        registry = ModelRegistry(tracking_settings(home, storage))
+        champion = roll_back(promote_config, store=store, registry=registry)
+    print(f"{promote_config.model_name}@{promote_config.alias} is {champion.model} again")
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask the model.")],
+    model: Annotated[str, typer.Option(help="A model URI of the registry.")] = "models:/prefline-demo@champion",
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer, at most.")] = 64,
+    home: Home = DEFAULT_HOME,
+) -> None:
+    """Load a promoted model from the registry and let it answer."""
+    from pipeline_lib.tracking import load_pipeline
+    from tasks.services import open_store, tracking_settings
+
+    with open_store(home) as (storage, _):
+        answer = load_pipeline(tracking_settings(home, storage), model)
+        reply = answer([{"role": "user", "content": question}], max_new_tokens=max_new_tokens, do_sample=False)
+    print(reply[0]["generated_text"][-1]["content"])
+
+
+@app.command()
+def up(
+    home: Home = DEFAULT_HOME,
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's UI.")] = 5000,
+) -> None:
+    """Start the embedded servers with their pages, and keep them until Ctrl-C."""
+    from flows.embedded import prefect_api
+    from flows.pages import mlflow_pages
+    from tasks.services import open_store, tracking_settings
+
+    with open_store(home) as (storage, _), prefect_api(home, port=prefect_port) as api:
+        settings = tracking_settings(home, storage)
+        with mlflow_pages(settings, home, port=mlflow_port) as pages:
+            print(f"Prefect  {api.removesuffix('/api')}\nMLflow   {pages}\nS3       {storage.endpoint_url}")
+            print("Ctrl-C ends them. Other terminals: eval \"$(prefline env)\"", flush=True)
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+@app.command()
+def env(home: Home = DEFAULT_HOME) -> None:
+    """Print the variables by which other programs find the servers that `prefline up` keeps."""
+    from flows.pages import environment_of
+
+    for key, value in environment_of(home).items():
+        print(f"export {key}={value}")
+
+
+def _load(config: str, overrides: list[str]) -> Any:
+    from pipeline_lib.config import find_config, load
+    from pipeline_lib.stages.run_config import RunConfig
+
+    return load(find_config(config), RunConfig, overrides).value
+
+
+class _interruptible:  # noqa: N801  (reads as a verb at its place)
+    """Turn SIGTERM into KeyboardInterrupt, so that it takes the way of Ctrl-C."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, _raise_interrupt)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def _raise_interrupt(number: int, frame: object) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
+
+
+def _summary(result: Any, *, seconds: float, home: Path) -> str:
+    promotion, verdict = result.promotion, result.verdict
+    lines = ["", f"Gate: {promotion.status.replace('_', ' ')} ({promotion.reason})"]
+    for candidate in verdict.candidates:
+        lines.append(f"  {candidate.name}: {'passed' if candidate.is_passed else 'failed'}")
+        for rule in candidate.rules:
+            mark = {"pass": "+", "fail": "x", "not_applicable": "-"}[rule.status]
+            lines.append(f"    {mark} {rule.rule}: {rule.reason}")
+    name = f"{promotion.model_name}@{promotion.alias}"
+    if promotion.version is not None:
+        lines += [
+            f"Model:     {promotion.model_name} version {promotion.version}, alias {promotion.alias}",
+            f"Artifacts: {result.winner_uri}",
+        ]
+    lines += [
+        f"Report:    {result.report_path}",
+        f"Took {seconds:.0f} s.",
+        "",
+        "Next:",
+        f"  prefline explain models:/{name}     the model's lineage, back to its rows",
+        f"  prefline ask \"What does shutil.copytree do?\" --model models:/{name}",
+        "  prefline up                         the runs in Prefect and MLflow",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line; errors end it with their own exit code and two lines."""
+    is_debug = "--debug" in sys.argv
+    if is_debug:
+        sys.argv.remove("--debug")
+    logging.basicConfig(level=logging.INFO if is_debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        app(standalone_mode=False)
+    except PipelineError as error:
+        _fail(error, is_debug=is_debug)
+    except KeyboardInterrupt:
+        print(
+            "interrupted: training has committed a checkpoint\n  next: run the same command again, it goes on from there",
+            file=sys.stderr,
+        )
+        sys.exit(InterruptedRunError.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        cause = _pipeline_error_in(error)
+        if cause is not None:
+            _fail(cause, is_debug=is_debug)
+        if is_debug or not hasattr(error, "format_message"):
+            if is_debug:
+                traceback.print_exc()
+            print(f"{type(error).__name__}: {error}\n  next: run again with --debug, and report it with the trace", file=sys.stderr)
+            sys.exit(1)
+        print(f"{error.format_message()}\n  next: prefline --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def _fail(error: PipelineError, *, is_debug: bool) -> None:
+    if is_debug:
+        traceback.print_exception(error)
+    print(str(error), file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _pipeline_error_in(error: BaseException | None) -> PipelineError | None:
+    """Find our error behind one that Prefect wrapped around it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, PipelineError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+if __name__ == "__main__":
+    main()

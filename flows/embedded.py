@@ -1,0 +1,139 @@
+"""Prefect with its own local API and SQLite under `.prefline/`, where no server is named.
+
+Prefect reads its settings when it is imported, so this runs before the first import of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline_lib.errors import PrefectUnavailableError
+
+API_VARIABLE = "PREFECT_API_URL"
+START_DEADLINE_S = 90.0
+
+
+def is_healthy(api_url: str, *, timeout_s: float = 2.0) -> bool:
+    """Tell whether a Prefect API answers."""
+    try:
+        with urllib.request.urlopen(f"{api_url}/health", timeout=timeout_s) as answer:  # noqa: S310  (our own URL)
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@contextmanager
+def prefect_api(home: Path, *, port: int | None = None) -> Iterator[str]:
+    """Make sure that a Prefect API answers, and tell Prefect its address by the environment.
+
+    A server named by PREFECT_API_URL is used; else one of this home that is running; else one is
+    started, and stopped at the end.
+
+    Args:
+        home: Folder of the embedded servers.
+        port: Port of a server that is started; any free one by default.
+
+    Raises:
+        PrefectUnavailableError: The named server does not answer, or the embedded one did not start.
+    """
+    named = os.environ.get(API_VARIABLE)
+    if named is not None:
+        if not is_healthy(named.rstrip("/"), timeout_s=10):
+            raise PrefectUnavailableError(
+                f"no Prefect server answers at {API_VARIABLE}={named}",
+                next_step="start it, correct the address, or unset the variable for the embedded server",
+            )
+        yield named
+        return
+    prefect_home = home.absolute() / "prefect"
+    prefect_home.mkdir(parents=True, exist_ok=True)
+    os.environ.update(_settings(prefect_home))
+    state = prefect_home / "server.json"
+    running = _running(state)
+    if running is not None:
+        os.environ[API_VARIABLE] = running
+        yield running
+        return
+    process, api_url = _start(home, port)
+    try:
+        state.write_text(json.dumps({"api_url": api_url, "pid": process.pid}))
+        os.environ[API_VARIABLE] = api_url
+        yield api_url
+    finally:
+        os.environ.pop(API_VARIABLE, None)
+        state.unlink(missing_ok=True)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _settings(prefect_home: Path) -> dict[str, str]:
+    return {
+        "PREFECT_HOME": str(prefect_home),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+
+
+def _running(state: Path) -> str | None:
+    try:
+        api_url = str(json.loads(state.read_text())["api_url"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return api_url if is_healthy(api_url) else None
+
+
+def _start(home: Path, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
+    chosen = port or _free_port()
+    logs = home.absolute() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log_path = logs / "prefect.log"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(chosen)]
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
+    api_url = f"http://127.0.0.1:{chosen}/api"
+    deadline, pause = time.monotonic() + START_DEADLINE_S, threading.Event()
+    while not is_healthy(api_url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            tail = log_path.read_bytes()[-300:].decode(errors="replace").strip().splitlines()
+            raise PrefectUnavailableError(
+                f"the embedded Prefect server did not start: {tail[-1] if tail else 'no output'}",
+                next_step=f"read {log_path}; if another program took port {chosen}, run again",
+            )
+        pause.wait(0.1)
+    return process, api_url
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)

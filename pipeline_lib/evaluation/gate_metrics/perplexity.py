@@ -1,0 +1,28 @@
+"""Perplexity of the reference answers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pipeline_lib.evaluation import stats
+from pipeline_lib.evaluation.evidence import Evidence
+from pipeline_lib.schema import Interval
+from pipeline_lib.validation import Frozen
+
+
+class Perplexity(Frozen):
+    """exp of the mean negative log-likelihood a token, or its ratio to another model's (below 1 is better)."""
+
+    unit: ClassVar[str] = "nats, exponentiated"
+    against: str | None = None
+    """A model of the run: the ratio to it; null: the figure itself."""
+
+    def measure(self, evidence: Evidence, candidate: str, *, bootstrap: stats.Bootstrap) -> Interval:
+        """Return the figure with its interval over prompts."""
+        rows = evidence.models[candidate]
+        mine = [[row.reference_nll_nats for row in rows], [float(row.reference_tokens) for row in rows]]
+        if self.against is None:
+            return stats.interval(mine, stats.perplexity, bootstrap)
+        others = evidence.models[self.against]
+        theirs = [[row.reference_nll_nats for row in others], [float(row.reference_tokens) for row in others]]
+        return stats.interval([*mine, *theirs], stats.perplexity_ratio, bootstrap)

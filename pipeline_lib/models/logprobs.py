@@ -1,0 +1,87 @@
+"""Token log-probabilities and scalar scores of a batch of trees, in one forward.
+
+Legend: P flat positions, N counted tokens, R responses, D width, V vocabulary.
+The language-model head runs on the counted positions alone, in chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline_lib.losses.tokens import token_logps_from_hidden
+from pipeline_lib.text.encode import Tree
+from pipeline_lib.text.pack import TreeBatch, pack, pad
+
+HEAD_CHUNK_TOKENS = 256
+"""Counted positions whose logits are in memory at once."""
+
+_TREE_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "granite", "phi3"})
+"""Architectures whose attention takes a prepared mask and explicit positions as they are."""
+
+
+def supports_trees(model: PreTrainedModel) -> bool:
+    """Tell whether a model takes packed trees; others get one padded row a response."""
+    windowed = getattr(model.config, "sliding_window", None) and getattr(
+        model.config, "use_sliding_window", True
+    )
+    return model.config.model_type in _TREE_MODEL_TYPES and not windowed
+
+
+def make_batch(trees: list[Tree], *, packed: bool, pad_id: int) -> TreeBatch:
+    """Lay trees out in the form the model takes."""
+    return pack(trees) if packed else pad(trees, pad_id=pad_id)
+
+
+def hidden_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
+    """Run the backbone, without any head, over a batch.
+
+    Returns:
+        `(P, D)`, the last layer's output at every flat position.
+    """
+    backbone: nn.Module = model.base_model
+    output = backbone(
+        input_ids=batch.input_ids_BT,
+        position_ids=batch.position_ids_BT,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """What a language model says of the counted tokens of a batch."""
+
+    token_logp_N: Tensor
+    """Log-probability of each counted token, nats, float32 (float64 stays)."""
+    entropy_N: Tensor | None
+    """Entropy of the predicted distribution, nats; carries no gradient."""
+
+
+def token_logps(
+    model: PreTrainedModel, batch: TreeBatch, *, temperature: float = 1.0, with_entropy: bool = False
+) -> TokenLogps:
+    """Score the counted tokens of a batch under a causal language model.
+
+    Args:
+        model: A causal language model, with or without an adapter in it.
+        batch: The trees.
+        temperature: Logits are divided by it before the softmax, as when sampling.
+        with_entropy: Also return the entropy of each prediction.
+    """
+    hidden_PD = hidden_states(model, batch)
+    head = model.get_output_embeddings()
+    token_logp_N, entropy_N = token_logps_from_hidden(
+        hidden_PD[batch.source_N],
+        head.weight,
+        batch.label_N,
+        head_bias_V=getattr(head, "bias", None),
+        chunk_tokens=HEAD_CHUNK_TOKENS,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return TokenLogps(token_logp_N, entropy_N)

@@ -1,0 +1,50 @@
+"""Hand a model to MLflow's transformers flavour, and prove that what comes back is the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline_lib.errors import IntegrityError
+from pipeline_lib.models.base import load_causal_model, stored_dtype
+from pipeline_lib.text.chat_template import ChatTokenizer
+
+MAX_LOGIT_DIFFERENCE = 1e-3
+
+
+def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: Callable[..., Any]) -> str:
+    """Log a model folder and compare logits of what is loaded back on fixed token ids.
+
+    Args:
+        directory: The `model/` folder of a model artifact, whole weights, no adapters.
+        log_model: `mlflow.transformers.log_model`, to be called inside a run.
+        load_model: `mlflow.transformers.load_model`.
+
+    Returns:
+        The logged model's URI.
+
+    Raises:
+        IntegrityError: The model loaded back answers differently.
+    """
+    chat = ChatTokenizer.load(directory)
+    model = load_causal_model(directory, dtype=stored_dtype(directory))
+    packages = ("torch", "transformers", "accelerate")
+    logged = log_model(
+        {"model": model, "tokenizer": chat.tokenizer}, name="model", task="text-generation",
+        pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in packages],
+    )  # fmt: skip
+    ids = torch.tensor([chat.ids("Which model is this? 0123456789")[:32]])
+    loaded = load_model(logged.model_uri, return_type="components")["model"].to(model.dtype)
+    with torch.inference_mode():
+        apart = float((model(ids).logits - loaded(ids.to(loaded.device)).logits.cpu()).abs().max())
+    if not apart <= MAX_LOGIT_DIFFERENCE:
+        raise IntegrityError(
+            f"the model that MLflow loads back differs from {directory.name}: logits by up to {apart:.3g}",
+            next_step="the registry was not changed; report this as a bug with both folders",
+        )
+    uri: str = logged.model_uri
+    return uri

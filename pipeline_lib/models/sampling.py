@@ -1,0 +1,146 @@
+"""Batched sampling from a causal language model, ended at the end-of-turn token.
+
+Legend: B rows, T columns.
+Prompts are sorted by length and padded on the left, so a batch wastes little; every row's
+randomness is a function of (seed, row), not of the batch it happens to be in, so the samples do
+not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pipeline_lib.hashing import derive_seed
+from pipeline_lib.validation import Frozen
+
+
+class SamplingSettings(Frozen):
+    """How responses are drawn."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens of a response, at most, its end-of-turn token included."""
+    temperature: float = Field(1.0, ge=0)
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the smallest set of tokens with at least this probability; 1 is the whole vocabulary."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts generated for at once."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response."""
+
+    ids: tuple[int, ...]
+    """Token ids, ending with the end-of-turn token where the response is finished."""
+    is_finished: bool
+    """True where the model ended its turn itself."""
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    *,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Sample]:
+    """Sample one response per prompt.
+
+    Args:
+        model: In evaluation mode; the adapter in it, if any, as it is switched.
+        prompts: Token ids, unpadded.
+        settings: Temperature, limits and batch size.
+        eos_id: Token that ends a turn.
+        pad_id: Token that fills the left; masked.
+        seed: The samples are a function of (seed, index of the prompt, prompt, model).
+        on_batch: Called with the number of prompts done after each batch.
+
+    Returns:
+        One sample a prompt, in the order given.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    results: dict[int, Sample] = {}
+    for start in range(0, len(order), settings.batch_size):
+        members = order[start : start + settings.batch_size]
+        ids_BT = _generate(
+            model, [list(prompts[index]) for index in members], settings,
+            eos_id=eos_id, pad_id=pad_id, seeds=[derive_seed(seed, "sample", index) for index in members],
+        )  # fmt: skip
+        for index, row in zip(members, ids_BT, strict=True):
+            end = row.index(eos_id) + 1 if eos_id in row else len(row)
+            results[index] = Sample(tuple(row[:end]), eos_id in row)
+        if on_batch is not None:
+            on_batch(len(results))
+    return [results[index] for index in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    settings: SamplingSettings,
+    *,
+    eos_id: int,
+    pad_id: int,
+    seeds: list[int],
+) -> list[list[int]]:
+    """Sample a batch; rows that have ended leave it, so the last long response costs one row."""
+    device = model.device
+    width = max(len(prompt) for prompt in prompts)
+    input_BT = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    cache = DynamicCache(config=model.config)
+    position_B = mask_BT.sum(-1)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    generated: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    for _ in range(settings.max_new_tokens):
+        output = model(
+            input_ids=input_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        token_B = _draw(output.logits[:, -1].float().cpu(), settings, [noise[row] for row in active])
+        for row, token in zip(active, token_B, strict=True):
+            generated[row].append(token)
+        going = [place for place, token in enumerate(token_B) if token != eos_id]
+        if not going:
+            break
+        if len(going) < len(active):
+            keep = torch.tensor(going, device=device)
+            cache.batch_select_indices(keep)
+            mask_BT, position_B = mask_BT[keep], position_B[keep]
+            active = [active[place] for place in going]
+        input_BT = torch.tensor([[token_B[place]] for place in going], device=device)
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(going), 1)], dim=-1)
+        positions_BT = position_B[:, None]
+        position_B = position_B + 1
+    return generated
+
+
+def _draw(logits_BV: Tensor, settings: SamplingSettings, noise: list[torch.Generator]) -> list[int]:
+    """Draw one token a row by inverting the cumulative distribution at the row's own uniform number."""
+    if settings.temperature == 0:
+        return [int(token) for token in logits_BV.argmax(-1)]
+    probability_BV = torch.softmax(logits_BV.double() / settings.temperature, dim=-1)
+    order_BV = None
+    if settings.top_p < 1:
+        probability_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = probability_BV.cumsum(-1) - probability_BV
+        probability_BV = probability_BV.masked_fill(before_BV >= settings.top_p, 0.0)
+    cumulative_BV = probability_BV.cumsum(-1)
+    uniform_B1 = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in noise])
+    threshold_B1 = uniform_B1 * cumulative_BV[:, -1:]
+    token_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
+    if order_BV is not None:
+        token_B1 = order_BV.gather(1, token_B1)
+    return [int(token) for token in token_B1.squeeze(1)]

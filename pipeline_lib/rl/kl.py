@@ -1,0 +1,66 @@
+"""KL estimates and the controller of the KL weight (methods 2.4). Nothing is clamped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+Estimator = Literal["k1", "k2", "k3"]
+MAX_RELATIVE_ERROR = 0.2
+
+
+def kl_estimate(token_logp: Tensor, ref_token_logp: Tensor, *, estimator: Estimator) -> Tensor:
+    """Estimate KL(policy || reference) per token from one sample of the policy.
+
+    With d = logp - ref logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
+
+    Args:
+        token_logp: Under the policy that sampled the tokens.
+        ref_token_logp: Under the reference.
+        estimator: Which of the three.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    difference = token_logp - ref_token_logp
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference.square() / 2
+    return (-difference).exp() - 1 + difference
+
+
+def full_kl(logp_TV: Tensor, ref_logp_TV: Tensor) -> Tensor:
+    """Return sum_v p (log p - log p_ref) at each position, from log-probabilities over V."""
+    return (logp_TV.exp() * (logp_TV - ref_logp_TV)).sum(-1)
+
+
+@dataclass(frozen=True)
+class KlController:
+    """The weight of the KL penalty: fixed, or steered to a target.
+
+    e = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + e * n / horizon, n the responses since the
+    last update (Ziegler et al. 2019).
+    """
+
+    coef: float
+    target: float | None
+    """Nats a response; None keeps the weight."""
+    horizon: float
+
+    def update(self, kl_nats: float, *, num_steps: int) -> KlController:
+        """Return the controller after an iteration.
+
+        Args:
+            kl_nats: Mean KL of the iteration's responses.
+            num_steps: Responses of the iteration.
+        """
+        if self.target is None:
+            return self
+        error = min(max(kl_nats / self.target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
+        return self.with_coef(self.coef * (1 + error * num_steps / self.horizon))
+
+    def with_coef(self, coef: float) -> KlController:
+        """Return the controller with another weight."""
+        return replace(self, coef=coef)

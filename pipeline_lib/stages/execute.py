@@ -1,0 +1,152 @@
+"""Run one stage, or find its result: key, look-up, lease, process, commit.
+
+The order is what makes a run safe to kill at any point: the result is committed as a whole or not
+at all, and whoever runs the same stage again finds it or goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pipeline_lib.config import stage_key
+from pipeline_lib.errors import PipelineError
+from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.stages import STAGES
+from pipeline_lib.stages.child import run_in_child
+from pipeline_lib.stages.contract import Events, StageContext, StageOutput
+from pipeline_lib.stages.faults import kill_point
+from pipeline_lib.storage.checkpoints import Checkpoints
+from pipeline_lib.storage.lease import Lease
+from pipeline_lib.storage.s3 import S3Settings
+from pipeline_lib.storage.store import ArtifactStore
+from pipeline_lib.validation import Frozen
+
+
+class Job(Frozen):
+    """One stage to run, as it crosses a process border. Holds no secret: keys are in the environment."""
+
+    stage: str
+    config: dict[str, object]
+    inputs: dict[str, ArtifactRef]
+    storage: S3Settings
+    home: Path
+    checkpoint_every_s: float = 60.0
+    threads: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The stage key."""
+        spec = STAGES[self.stage]
+        config = getattr(spec.load(), spec.config_class).model_validate(self.config)
+        return stage_key(spec.name, spec.version, config, self.inputs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage."""
+
+    ref: ArtifactRef
+    is_cached: bool
+    wall_s: float
+
+
+def execute(job: Job, *, store: ArtifactStore, events: Events) -> Outcome:
+    """Return the stage's artifact, running the stage only where it is not there yet.
+
+    Raises:
+        PipelineError: Of the stage, the store, or the child process.
+    """
+    started = time.monotonic()
+    key = job.key
+    found = store.find(key)
+    if found is not None:
+        return Outcome(found, is_cached=True, wall_s=time.monotonic() - started)
+    if STAGES[job.stage].in_child:
+        ref = run_in_child(job, key=key, events=events)
+    else:
+        ref = run_here(job, store=store, events=events, should_stop=lambda: False)
+    return Outcome(ref, is_cached=False, wall_s=time.monotonic() - started)
+
+
+def run_here(
+    job: Job, *, store: ArtifactStore, events: Events, should_stop: Callable[[], bool]
+) -> ArtifactRef:
+    """Run a stage in this process and commit its result, under the stage's lease."""
+    started = time.monotonic()
+    spec = STAGES[job.stage]
+    key = job.key
+    config = getattr(spec.load(), spec.config_class).model_validate(job.config)
+    work = job.home / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    sweep_dead_workdirs(work)
+    with Lease.acquire(store, key, owner=f"{socket.gethostname()}/{os.getpid()}") as lease:
+        found = store.find(key)  # another process may have finished while this one waited
+        if found is not None:
+            return found
+        scratch = Path(tempfile.mkdtemp(prefix=f"{job.stage}-{os.getpid()}-", dir=work))
+        try:
+            (scratch / "output").mkdir()
+            checkpoints = Checkpoints(store, key, lease=lease)
+            context = StageContext(
+                store=store, workdir=scratch / "output", events=events, checkpoints=checkpoints,
+                checkpoint_every_s=job.checkpoint_every_s, should_stop=should_stop,
+            )  # fmt: skip
+            output = spec.run(config, job.inputs, context)
+            assert isinstance(output, StageOutput)
+            kill_point(job.stage, "before_commit")
+            ref = store.commit(
+                output.directory, kind=output.kind, stage=spec.name, stage_version=spec.version,
+                config=config.model_dump(mode="json"), inputs=dict(job.inputs), metrics=output.metrics,
+                measurements=_measurements(started), stage_key=key, lease=lease,
+            )  # fmt: skip
+            kill_point(job.stage, "after_commit")
+            checkpoints.clear()
+        except OSError as error:
+            raise as_pipeline_error(error) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return ref
+
+
+def as_pipeline_error(error: OSError) -> PipelineError | OSError:
+    """Name a full disk; any other error of the operating system stays as it is."""
+    import errno  # noqa: PLC0415  (an error path only)
+
+    from pipeline_lib.errors import DiskFullError  # noqa: PLC0415
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(Path.cwd()).free
+        return DiskFullError(
+            f"no room left on the disk while writing {error.filename or 'a file'} ({free:,} bytes free)",
+            next_step="free some space and run the same command again; finished stages do not run again",
+        )
+    return error
+
+
+def sweep_dead_workdirs(work: Path) -> None:
+    """Remove the scratch folders of processes that are no more."""
+    for folder in work.iterdir():
+        pid = folder.name.split("-")[1] if folder.name.count("-") >= 2 else ""
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measurements(started: float) -> Mapping[str, float]:
+    memory = psutil.Process().memory_info()
+    peak_bytes = float(_peak_rss_bytes() or memory.rss)
+    return {"wall_s": time.monotonic() - started, "peak_rss_bytes": peak_bytes}
+
+
+def _peak_rss_bytes() -> int:
+    import resource  # noqa: PLC0415  (POSIX only)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,71 @@
+"""Refuse a run that cannot fit before it starts, by an estimate that errs on the small side."""
+
+from __future__ import annotations
+
+import psutil
+
+from pipeline_lib.errors import MemoryLimitError
+from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.stages.run_config import RunConfig
+from pipeline_lib.storage.store import ArtifactStore
+from pipeline_lib.training.settings import TrainingSettings
+
+GIB = 1 << 30
+_BYTES_PER_VALUE = 4
+_ACTIVATIONS_PER_LAYER = 16
+"""Values kept for the backward pass per token, layer and unit of width; measured, rounded down."""
+
+
+def estimate_bytes(
+    settings: TrainingSettings, *, num_parameters: int, width: int, layers: int, copies: int
+) -> int:
+    """Estimate what a training stage holds: weights, optimizer and the activations of one forward.
+
+    Args:
+        settings: The stage's settings.
+        num_parameters: Parameters of the base model.
+        width: Hidden size.
+        layers: Number of layers.
+        copies: Whole backbones in memory.
+    """
+    # Full training adds a gradient and two moments to every trained weight.
+    per_copy = 1 if settings.lora is not None else 4
+    weights = num_parameters * _BYTES_PER_VALUE * copies * per_copy
+    activations = settings.tokens_per_batch * layers * width * _ACTIVATIONS_PER_LAYER * _BYTES_PER_VALUE
+    return weights + activations
+
+
+def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> None:
+    """Compare the largest stage's estimate with the machine's memory or the configured limit.
+
+    Raises:
+        MemoryLimitError: Naming the stage, the estimate and the limit.
+    """
+    shape = store.read_json(base, "model/config.json")
+    stored = sum(
+        entry.size_bytes
+        for name, entry in store.manifest(base).files.items()
+        if name.endswith(".safetensors")
+    )
+    bytes_per_value = 2 if shape.get("dtype") in ("bfloat16", "float16") else 4
+    width = int(shape.get("hidden_size") or shape.get("n_embd") or 0)
+    layers = int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)
+    limit_gib = config.runtime.max_memory_gib or psutil.virtual_memory().total / GIB
+    stages: dict[str, tuple[TrainingSettings | None, int]] = {
+        "sft": (config.sft, 1),
+        "reward": (config.reward, 1),
+        "dpo": (config.dpo, 1),
+        "ppo": (config.ppo, 2 if config.ppo is None or config.ppo.lora is not None else 4),
+    }
+    for name, (settings, copies) in stages.items():
+        if settings is None:
+            continue
+        need = estimate_bytes(
+            settings, num_parameters=stored // bytes_per_value, width=width, layers=layers, copies=copies
+        )
+        if need > limit_gib * GIB:
+            raise MemoryLimitError(
+                f"stage {name} needs about {need / GIB:.1f} GiB, {limit_gib:.1f} GiB are there",
+                next_step=f"lower {name}.tokens_per_batch (now {settings.tokens_per_batch}), "
+                "train with adapters (lora), or take a smaller model.source",
+            )

@@ -1,0 +1,82 @@
+"""The whole configuration of a run: one section a stage, and what is not part of any result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from pipeline_lib.stages.base_model import BaseModelConfig
+from pipeline_lib.stages.collect import CollectConfig
+from pipeline_lib.stages.evaluate import EvaluateConfig
+from pipeline_lib.stages.filter import FilterConfig
+from pipeline_lib.stages.gate import GateConfig
+from pipeline_lib.stages.ppo import PpoConfig
+from pipeline_lib.stages.preference import PreferenceConfig
+from pipeline_lib.stages.promote import PromoteConfig
+from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig
+from pipeline_lib.stages.reward import RewardConfig
+from pipeline_lib.stages.sample import SampleConfig
+from pipeline_lib.stages.sft import SftConfig
+from pipeline_lib.validation import Frozen
+
+
+class RuntimeConfig(Frozen):
+    """How a run is carried out. Nothing here can change a result, so nothing is in a stage key."""
+
+    home: Path = Path(".prefline")
+    """Folder of the embedded servers, the local cache and the logs."""
+    checkpoint_every_s: float = Field(60.0, ge=0)
+    """Seconds between checkpoints of a training stage, at most; 0 after every step."""
+    max_parallel_stages: int = Field(1, ge=1)
+    """Stages that may run at once; candidates are independent of each other."""
+    max_memory_gib: float | None = Field(None, gt=0, title="Memory limit (GiB)")
+    """Refuse a run whose estimate exceeds this; null: what the machine has."""
+    threads: int | None = Field(None, ge=1, title="CPU threads")
+    """CPU threads of a training stage; null: one a core."""
+
+
+class RunConfig(Frozen):
+    """From sources to a promoted model."""
+
+    name: str = Field("demo", pattern="^[a-z0-9][a-z0-9._-]{0,62}$")
+    """Name of the run in Prefect and of the experiment in MLflow."""
+    model: BaseModelConfig = Field(BaseModelConfig(), title="Base model")
+    """Which model alignment starts from."""
+    collect: CollectConfig = CollectConfig()
+    """Where rows come from."""
+    filter: FilterConfig = FilterConfig()
+    """Which rows are kept, and what each may be used for."""
+    sample: SampleConfig = SampleConfig()
+    """Answers of the base model, added to comparisons as rejected ones."""
+    sft: SftConfig = SftConfig()
+    """Supervised fine-tuning."""
+    reward: RewardConfig = RewardConfig()
+    """The reward model."""
+    dpo: PreferenceConfig | None = Field(PreferenceConfig(), title="DPO")
+    """The candidate by preference optimisation; null leaves it out."""
+    ppo: PpoConfig | None = Field(PpoConfig(), title="PPO")
+    """The candidate by PPO; null leaves it out."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Held-out evaluation."""
+    gate: GateConfig = GateConfig()
+    """What a candidate must show."""
+    promote: PromoteConfig = PromoteConfig()
+    """Where a passing candidate goes."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """How the run is carried out; changes no result."""
+
+    @model_validator(mode="after")
+    def _has_candidate(self) -> Self:
+        if self.dpo is None and self.ppo is None:
+            raise ValueError("dpo and ppo are both null: a run needs at least one candidate")
+        return self
+
+    def reference_logps(self) -> ReferenceLogpsConfig:
+        """Return how the reference scores the pairs that the preference stage trains on."""
+        assert self.dpo is not None
+        return ReferenceLogpsConfig(
+            max_prompt_tokens=self.dpo.max_prompt_tokens, max_response_tokens=self.dpo.max_response_tokens,
+            tokens_per_batch=self.dpo.tokens_per_batch, precision=self.dpo.precision,
+        )  # fmt: skip

@@ -1,0 +1,56 @@
+"""Stage `sft`: supervised fine-tuning of the base model on demonstrations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pipeline_lib.schema import Split
+from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
+from pipeline_lib.training.settings import TrainingSettings
+
+VERSION = 1
+
+
+class SftConfig(TrainingSettings):
+    """Supervised fine-tuning."""
+
+    train_on: Literal["assistant_turns", "last_assistant_turn"] = "assistant_turns"
+    """Which turns of a dialogue count in the loss."""
+
+
+def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput:
+    """Train; inputs `base_model` and `dataset`, output kind `model`."""
+    from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.plan import DataPlan  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.recipes.sft import SftRecipe  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.trained_model import dtype_for, prepare  # noqa: PLC0415  (torch)
+
+    directory = stage.fetch_model(context, inputs["base_model"], "base_model")
+    encoder = stage.encoder_for(directory, config)
+    records = [
+        record
+        for record in stage.read_records(context, inputs["dataset"], Split.SFT)
+        if record.kind == "demonstration"
+    ]
+    trees = [encoder.tree(record) for record in stage.require_rows(records, "demonstrations", Split.SFT)]
+    if config.train_on == "last_assistant_turn":
+        trees = [replace(tree, prompt_counts=(False,) * len(tree.prompt_ids)) for tree in trees]
+    dtype = dtype_for(config)
+    policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
+    layout = stage.layout_for(encoder, config, is_packed=policy.is_packed)
+    recipe = SftRecipe(policy, DataPlan.of(trees, config), layout)
+    series = stage.train(recipe, config, context, metric_prefix="sft")
+    policy.save(context.workdir / "model")
+    facts = {
+        "dtype": str(dtype),
+        "template_sha256": encoder.chat.template_sha256,
+        "rows": len(recipe.plan.trees),
+    }
+    stage.write_facts(context.workdir, facts)
+    metrics = {
+        "first_nll_per_token_nats": series[0]["nll_per_token_nats"],
+        "last_nll_per_token_nats": stage.tail_mean(series, "nll_per_token_nats"),
+    }
+    return StageOutput("model", context.workdir, dict(metrics))

@@ -1,0 +1,97 @@
+"""What the training stages share: fetching models and rows, running the loop, writing the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline_lib.errors import DataError
+from pipeline_lib.hashing import canonical_json
+from pipeline_lib.schema import ArtifactRef, Record, Split
+from pipeline_lib.stages.contract import StageContext
+from pipeline_lib.text.chat_template import ChatTokenizer
+from pipeline_lib.text.encode import Encoder
+from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
+from pipeline_lib.training.plan import Layout
+from pipeline_lib.training.recipe import Recipe
+from pipeline_lib.training.settings import TrainingSettings
+
+
+def fetch_model(context: StageContext, ref: ArtifactRef, name: str) -> Path:
+    """Fetch a model artifact's verified files beside the workdir; return its `model/` folder."""
+    directory = context.workdir.parent / f"input-{name}"
+    context.store.fetch(ref, directory)
+    return directory / "model"
+
+
+def read_records(context: StageContext, dataset: ArtifactRef, split: Split) -> Iterator[Record]:
+    """Read the records of one split of a dataset artifact."""
+    for line in context.store.read_lines(dataset, f"{split.value}.jsonl"):
+        yield Record.model_validate_json(line)
+
+
+def require_rows(records: list[Record], what: str, split: Split) -> list[Record]:
+    """Refuse to go on without rows.
+
+    Raises:
+        DataError: The list is empty.
+    """
+    if not records:
+        raise DataError(
+            f"the split {split.value!r} holds no {what}",
+            next_step=f"raise filter.split.{split.value}, or collect rows that are {what}",
+        )
+    return records
+
+
+def encoder_for(directory: Path, settings: TrainingSettings) -> Encoder:
+    """Return the encoder of a model folder's tokenizer with a stage's length limits."""
+    return Encoder(ChatTokenizer.load(directory), settings.max_prompt_tokens, settings.max_response_tokens)
+
+
+def layout_for(encoder: Encoder, settings: TrainingSettings, *, is_packed: bool) -> Layout:
+    """Return how a stage lays its rows out as forwards."""
+    return Layout(is_packed, encoder.chat.pad_id, settings.tokens_per_batch)
+
+
+def train(
+    recipe: Recipe, settings: TrainingSettings, context: StageContext, *, metric_prefix: str
+) -> list[dict[str, float]]:
+    """Run the loop over a recipe and write `metrics.jsonl` into the output.
+
+    Returns:
+        Every step's figures, under names without prefix.
+    """
+    hooks = LoopHooks(
+        on_step=lambda step, figures: context.events.metrics(
+            step, {f"{metric_prefix}/{name}": value for name, value in figures.items()}
+        ),
+        on_progress=context.progress,
+        should_stop=context.should_stop,
+    )
+    loop = TrainingLoop(
+        recipe, settings.optimizer, seed=settings.seed, workdir=context.workdir.parent / "checkpoints",
+        checkpoints=context.checkpoints, checkpoint_every_s=context.checkpoint_every_s, hooks=hooks,
+    )  # fmt: skip
+    series = loop.run()
+    with (context.workdir / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        write_series(series, file)
+    return series
+
+
+def write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    """Write `training.json`: what was resolved at run time and belongs to the model's identity."""
+    (directory / "training.json").write_bytes(canonical_json(facts))
+
+
+def tail_mean(series: list[dict[str, float]], name: str) -> float:
+    """Return the mean of a figure over the last tenth of the steps, at least one."""
+    last = series[-max(1, len(series) // 10) :]
+    return sum(row[name] for row in last) / len(last)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a fetched artifact."""
+    return json.loads(path.read_bytes())

@@ -1,0 +1,184 @@
+"""Trees into batches: packed by token budget, the prompt once, then its responses.
+
+Legend: P positions of a batch (rows x columns, flat), N counted tokens, R responses, B rows, T
+columns.
+
+A packed batch is one row that holds many trees. A position attends to the positions before it of
+its own tree that are prompt or of its own response. Positions restart at 0 with every prompt, and
+each response goes on from the end of its prompt, so rotary embeddings are those of the unpacked
+text. The padded form holds one (prompt, response) a row and serves every model.
+
+A counted token is predicted from the position before it: `source_N` says which position that is
+(the last prompt position for a response's first token, shared by all K responses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pipeline_lib.text.encode import Tree
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Some trees as tensors, packed or padded; both give the same counted tokens in one order."""
+
+    trees: tuple[Tree, ...]
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    attention_mask: Tensor
+    """Packed: bool `(1, 1, T, T)`, True = may attend. Padded: `(B, T)`, 1 = a token."""
+    source_N: Tensor
+    """Flat position from which a counted token is predicted."""
+    label_N: Tensor
+    """The counted token's id."""
+    response_N: Tensor
+    """Index of the response that a counted token belongs to."""
+    last_R: Tensor
+    """Flat position of each response's last token."""
+
+    @property
+    def num_responses(self) -> int:
+        """R, over all trees, in tree order."""
+        return int(self.last_R.numel())
+
+    @property
+    def num_counted(self) -> int:
+        """N, the number of counted tokens."""
+        return int(self.label_N.numel())
+
+    @cached_property
+    def lengths_R(self) -> Tensor:
+        """Counted tokens of each response."""
+        return torch.bincount(self.response_N, minlength=self.num_responses)
+
+    def sum_by_response(self, values_N: Tensor) -> Tensor:
+        """Sum a figure per counted token into one per response, `(R,)`; differentiable."""
+        zeros_R = values_N.new_zeros(self.num_responses)
+        return zeros_R.index_add(0, self.response_N, values_N)
+
+    def to(self, device: torch.device) -> TreeBatch:
+        """Return the batch with its tensors on a device."""
+        if self.input_ids_BT.device == device:
+            return self
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("input_ids_BT", "position_ids_BT", "attention_mask", "source_N", "label_N",
+                         "response_N", "last_R")
+        }  # fmt: skip
+        return replace(self, **moved)
+
+
+def bins(trees: Sequence[Tree], *, token_budget: int) -> list[list[int]]:
+    """Assign trees to batches by first-fit decreasing under a token budget.
+
+    Args:
+        trees: The trees of one optimizer step.
+        token_budget: Tokens of a batch, at most; a tree above it gets a batch of its own.
+
+    Returns:
+        Indices into `trees`, one list a batch; every index exactly once, deterministic.
+    """
+    filled: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(trees)), key=lambda i: (-trees[i].num_tokens, i)):
+        size = trees[index].num_tokens
+        for place, (used, members) in enumerate(filled):
+            if used + size <= token_budget:
+                filled[place] = (used + size, [*members, index])
+                break
+        else:
+            filled.append((size, [index]))
+    return [sorted(members) for _, members in filled]
+
+
+def pack(trees: Sequence[Tree]) -> TreeBatch:
+    """Pack trees into one row (see the module's text)."""
+    ids: list[int] = []
+    positions: list[int] = []
+    tree_of: list[int] = []
+    branch_of: list[int] = []  # 0 for the prompt, else 1 + the response's index in its tree
+    plan = _Counted()
+    for tree_index, tree in enumerate(trees):
+        start = len(ids)
+        ids += tree.prompt_ids
+        positions += range(len(tree.prompt_ids))
+        tree_of += [tree_index] * len(tree.prompt_ids)
+        branch_of += [0] * len(tree.prompt_ids)
+        plan.add_prompt(tree, start)
+        for branch, response in enumerate(tree.response_ids):
+            plan.add_response(response, before=start + len(tree.prompt_ids) - 1, first=len(ids))
+            positions += range(len(tree.prompt_ids), len(tree.prompt_ids) + len(response))
+            ids += response
+            tree_of += [tree_index] * len(response)
+            branch_of += [branch + 1] * len(response)
+    tree_T, branch_T = torch.tensor(tree_of), torch.tensor(branch_of)
+    same_tree_TT = tree_T[:, None] == tree_T[None, :]
+    seen_TT = (branch_T[None, :] == 0) | (branch_T[:, None] == branch_T[None, :])
+    mask_TT = (same_tree_TT & seen_TT).tril()
+    return plan.batch(tuple(trees), torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None])
+
+
+def pad(trees: Sequence[Tree], *, pad_id: int) -> TreeBatch:
+    """Lay trees out as one right-padded row per response, for models without custom masks."""
+    rows = [(tree, ids) for tree in trees for ids in (tree.response_ids or ((),))]
+    width = max(len(tree.prompt_ids) + len(ids) for tree, ids in rows)
+    input_ids_BT = torch.full((len(rows), width), pad_id)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    plan = _Counted()
+    row = 0
+    for tree in trees:
+        plan.add_prompt(tree, row * width)
+        for ids in tree.response_ids or ((),):
+            whole = (*tree.prompt_ids, *ids)
+            input_ids_BT[row, : len(whole)] = torch.tensor(whole)
+            mask_BT[row, : len(whole)] = 1
+            first = row * width + len(tree.prompt_ids)
+            if ids:
+                plan.add_response(ids, before=first - 1, first=first)
+            row += 1
+    positions_BT = torch.arange(width).expand(len(rows), width).contiguous()
+    return plan.batch(tuple(trees), input_ids_BT, positions_BT, mask_BT)
+
+
+class _Counted:
+    """Collects which tokens count, from where each is predicted, and where responses end."""
+
+    def __init__(self) -> None:
+        self.source: list[int] = []
+        self.label: list[int] = []
+        self.response: list[int] = []
+        self.last: list[int] = []
+
+    def add_prompt(self, tree: Tree, start: int) -> None:
+        """Count the earlier assistant turns of a tree, as part of its first response."""
+        if not any(tree.prompt_counts):
+            return
+        assert len(tree.response_ids) == 1, "earlier turns count only where there is one response"
+        for offset, (token, counts) in enumerate(zip(tree.prompt_ids, tree.prompt_counts, strict=True)):
+            if counts and offset > 0:
+                self._count(start + offset - 1, token, len(self.last))
+
+    def add_response(self, ids: tuple[int, ...], *, before: int, first: int) -> None:
+        """Count every token of a response; the first is predicted from position `before`."""
+        for offset, token in enumerate(ids):
+            self._count(before if offset == 0 else first + offset - 1, token, len(self.last))
+        self.last.append(first + len(ids) - 1)
+
+    def _count(self, source: int, token: int, response: int) -> None:
+        self.source.append(source)
+        self.label.append(token)
+        self.response.append(response)
+
+    def batch(self, trees: tuple[Tree, ...], input_ids: Tensor, positions: Tensor, mask: Tensor) -> TreeBatch:
+        """Make the batch of what was collected."""
+        as_long = torch.long
+        return TreeBatch(
+            trees, input_ids, positions, mask,
+            torch.tensor(self.source, dtype=as_long), torch.tensor(self.label, dtype=as_long),
+            torch.tensor(self.response, dtype=as_long), torch.tensor(self.last, dtype=as_long),
+        )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Which rows an optimizer step takes: a function of (seed, step), the same after any resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline_lib.errors import DataError
+from pipeline_lib.hashing import derive_seed
+from pipeline_lib.models.logprobs import make_batch
+from pipeline_lib.text.encode import Tree
+from pipeline_lib.text.pack import TreeBatch, bins
+from pipeline_lib.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How trees become the forwards of a step."""
+
+    is_packed: bool
+    """True: prompt trees in one row; False: one padded row a response."""
+    pad_id: int
+    tokens_per_batch: int
+
+    def batches(self, trees: Sequence[Tree]) -> list[TreeBatch]:
+        """Lay out the trees of a step in as few forwards as the token budget allows."""
+        return [
+            make_batch([trees[index] for index in members], packed=self.is_packed, pad_id=self.pad_id)
+            for members in bins(trees, token_budget=self.tokens_per_batch)
+        ]
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Rows in a new order each epoch; every row exactly once an epoch."""
+
+    trees: tuple[Tree, ...]
+    settings: TrainingSettings
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree], settings: TrainingSettings) -> DataPlan:
+        """Make a plan, after choosing `max_rows` of the rows by the seed.
+
+        Raises:
+            DataError: There is no row.
+        """
+        if not trees:
+            raise DataError(
+                "no rows to train on",
+                next_step="look at the funnel in the report: which rule rejected them, or which split is empty",
+            )
+        if settings.max_rows is not None and settings.max_rows < len(trees):
+            chosen = permutation(len(trees), settings.seed, "rows")[: settings.max_rows]
+            trees = [trees[index] for index in sorted(chosen)]
+        return cls(tuple(trees), settings)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last may hold fewer rows."""
+        return math.ceil(len(self.trees) / self.settings.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        planned = self.steps_per_epoch * self.settings.epochs
+        return planned if self.settings.max_steps is None else min(planned, self.settings.max_steps)
+
+    def rows(self, step: int) -> list[Tree]:
+        """Return the rows of a step, counted from 0 over all epochs."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = permutation(len(self.trees), self.settings.seed, "epoch", epoch)
+        size = self.settings.batch_size
+        return [self.trees[index] for index in order[place * size : (place + 1) * size]]
+
+
+def permutation(size: int, seed: int, *scope: str | int) -> list[int]:
+    """Return a random order of `size` indices, a function of (seed, scope)."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, *scope))
+    order: list[int] = torch.randperm(size, generator=generator).tolist()
+    return order

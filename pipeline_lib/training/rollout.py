@@ -1,0 +1,83 @@
+"""Rollouts: sampled responses with everything that PPO needs to know of them.
+
+Legend: N response tokens of all rollouts, flat in rollout order; R rollouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline_lib.text.encode import Tree
+
+_INTS = ("prompt_ids", "prompt_lengths_R", "response_ids", "lengths_R")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled responses of one iteration, scored under policy, reference, value and reward."""
+
+    trees: tuple[Tree, ...]
+    """One prompt and its one sampled response each; the record id is the rollout's index."""
+    logp_N: Tensor
+    """Log-probability under the policy that sampled, at the sampling temperature, nats."""
+    ref_logp_N: Tensor
+    """Log-probability under the reference, nats."""
+    value_N: Tensor
+    """The value function before each token, reward units."""
+    entropy_N: Tensor
+    """Entropy of the policy's prediction, nats."""
+    score_R: Tensor
+    """Normalised reward-model score of each response, before any missing-EOS rule."""
+    is_finished_R: Tensor
+    """True where the response ended by itself."""
+
+    @property
+    def lengths_R(self) -> list[int]:
+        """Tokens of each response."""
+        return [len(tree.response_ids[0]) for tree in self.trees]
+
+    def rows(self, values_N: Tensor) -> list[Tensor]:
+        """Split a flat figure into one tensor a rollout."""
+        return list(values_N.split(self.lengths_R))
+
+    def padded(self, values_N: Tensor, members: list[int]) -> Tensor:
+        """Lay a flat figure out as `(len(members), T)`, zeros on the right."""
+        rows = self.rows(values_N)
+        return torch.nn.utils.rnn.pad_sequence([rows[index] for index in members], batch_first=True)
+
+    def mask(self, members: list[int]) -> Tensor:
+        """Return which places of `padded` are response tokens."""
+        lengths = torch.tensor([self.lengths_R[index] for index in members])
+        return torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the whole as tensors, for a checkpoint."""
+        prompts = [torch.tensor(tree.prompt_ids) for tree in self.trees]
+        responses = [torch.tensor(tree.response_ids[0]) for tree in self.trees]
+        return {
+            "prompt_ids": torch.cat(prompts),
+            "prompt_lengths_R": torch.tensor([len(ids) for ids in prompts]),
+            "response_ids": torch.cat(responses),
+            "lengths_R": torch.tensor([len(ids) for ids in responses]),
+            "logp_N": self.logp_N, "ref_logp_N": self.ref_logp_N, "value_N": self.value_N,
+            "entropy_N": self.entropy_N, "score_R": self.score_R, "is_finished_R": self.is_finished_R,
+        }  # fmt: skip
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Rollouts:
+        """Take the whole back from a checkpoint's tensors."""
+        prompts = tensors["prompt_ids"].split(tensors["prompt_lengths_R"].tolist())
+        responses = tensors["response_ids"].split(tensors["lengths_R"].tolist())
+        trees = tuple(
+            rollout_tree(index, prompt.tolist(), response.tolist())
+            for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        )
+        return cls(trees, **{name: value for name, value in tensors.items() if name not in _INTS})
+
+
+def rollout_tree(index: int, prompt_ids: list[int], response_ids: list[int]) -> Tree:
+    """Return a rollout as a tree of one response; nothing of the prompt counts."""
+    return Tree(str(index), tuple(prompt_ids), (tuple(response_ids),), (False,) * len(prompt_ids))

@@ -1,0 +1,105 @@
+"""Configuration shared by every training stage. Light: imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline_lib.models.settings import LoraSettings, Precision
+from pipeline_lib.validation import Frozen
+
+
+class OptimizerSettings(Frozen):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the moment averages."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; linear falls to 0, cosine to `final_frac`."""
+    warmup_frac: float = Field(0.05, ge=0, le=1)
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    final_frac: float = Field(0.1, ge=0, le=1)
+    """Share of the peak at which the cosine ends."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+
+class TrainingSettings(Frozen):
+    """What every training stage has."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever the epochs."""
+    max_rows: int | None = Field(None, ge=1)
+    """Use at most this many rows, chosen by the seed."""
+    batch_size: int = Field(16, ge=1)
+    """Rows of one optimizer step."""
+    tokens_per_batch: int = Field(1024, ge=16)
+    """Tokens of one forward, at most; a step is as many forwards as its rows need."""
+    max_prompt_tokens: int = Field(512, ge=8)
+    """Longer prompts lose their beginning."""
+    max_response_tokens: int = Field(512, ge=4)
+    """Longer responses are cut, and then carry no end-of-turn token."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """AdamW and its schedule."""
+    lora: LoraSettings | None = Field(LoraSettings(), title="LoRA adapters")
+    """Low-rank adapters; null trains every weight."""
+    precision: Precision = "auto"
+    """bf16 where the processor multiplies it fast, else fp32; trained weights are always fp32."""
+    seed: int = Field(0, ge=0)
+    """Seed of the data order, the adapters and every sample."""
+
+
+class PpoSettings(TrainingSettings):
+    """Proximal policy optimisation against a reward model (methods 2.4 and 3)."""
+
+    iterations: int = Field(20, ge=1)
+    """Rounds of sampling and updating."""
+    batch_size: int = Field(64, ge=2)
+    """Rollouts of one iteration, one a prompt."""
+    minibatches: int = Field(2, ge=1)
+    """Optimizer steps that one pass over an iteration's rollouts is split into."""
+    ppo_epochs: int = Field(4, ge=1)
+    """Passes over an iteration's rollouts."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens of a sampled response, at most."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probabilities in the ratio are taken at it too."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of the per-token KL penalty at the start."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimate of the KL from policy to reference that is subtracted from the reward."""
+    kl_target_nats: float | None = Field(6.0, gt=0, title="KL target")
+    """Target of the adaptive controller, nats a response; null keeps the weight fixed."""
+    kl_horizon_responses: float = Field(10_000, gt=0)
+    """Responses over which the controller corrects."""
+    max_kl_nats: float = Field(50.0, gt=0)
+    """Stop when the mean KL of an iteration's responses exceeds this."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """0 gives one-step temporal differences, 1 Monte-Carlo returns."""
+    clip_range: float = Field(0.2, gt=0)
+    """The ratio of the policy loss is clipped to 1 -+ this."""
+    value_clip_range: float = Field(0.2, gt=0)
+    """New values are clipped to the old ones -+ this."""
+    value_coef: float = Field(0.1, ge=0)
+    """Weight of the value loss."""
+    value_learning_rate: float | None = Field(None, gt=0, title="Value learning rate")
+    """Null: that of the policy."""
+    whiten_rewards: bool = False
+    """Scale each minibatch's rewards to unit variance, keeping their mean."""
+    whiten_advantages: bool = True
+    """Shift and scale each minibatch's advantages to mean 0 and unit variance."""
+    missing_eos: Literal["keep", "replace", "penalty"] = "replace"
+    """What happens to the score of a response that did not end by itself."""
+    missing_eos_value: float = -1.0
+    """The score that replaces it, or what is added to it."""
