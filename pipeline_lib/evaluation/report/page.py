@@ -84,7 +84,6 @@ def _context(data: ReportData, verdict: ArtifactRef) -> dict[str, Any]:
         "tiles": views.verdict_tiles(data.verdict, comparison),
         "candidates": views.candidate_views(data.verdict),
         "selected_by": views.selected_by(data.verdict),
-        "units": views.units(data.verdict),
         "confidence": rules[0].estimate.confidence_frac if rules else None,
         "compared_confidence": bootstrap.confidence_frac,
         "policy": views.as_yaml(data.verdict.policy),

@@ -105,7 +105,8 @@ def decision(verdict: Verdict) -> Decision:
         reason += f" and ranks before {_listed(passed)}"
     if failed:
         reason += f"; {_listed(failed)} did not pass"
-    return Decision(f"Promoted: {winner.name}", f"{reason}. {_replaces(verdict, winner)}")
+    headline = "{} stays champion" if verdict.champion == winner.model else "Promoted: {}"
+    return Decision(headline.format(winner.name), f"{reason}. {_replaces(verdict, winner)}")
 
 
 def candidate_views(verdict: Verdict) -> list[CandidateView]:
@@ -183,17 +184,6 @@ def selected_by(verdict: Verdict) -> str:
         against = chosen.get("against")
         return plain(str(chosen.get("name", "figure"))) + (f" against {against}" if against else "")
     return "the policy's figure"
-
-
-def units(verdict: Verdict) -> str:
-    """Return the unit of every metric that has one, as a list for people."""
-    found = {
-        f"{plain(rule.metric)}: {rule.unit}"
-        for candidate in verdict.candidates
-        for rule in candidate.rules
-        if rule.unit
-    }
-    return ", ".join(sorted(found)) or "the metrics' own units"
 
 
 def configurations(lineage: Lineage) -> list[tuple[str, str]]:

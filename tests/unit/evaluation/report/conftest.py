@@ -29,6 +29,8 @@ from pipeline_lib.storage.store import FileEntry, Manifest
 
 HOSTILE = "<script>alert('x')</script> & <img src=x onerror=alert(1)>"
 
+UNITS = {"kl": "nats a response"}
+
 
 class FakeStore:
     """Artifacts in memory with the reading methods of the store."""
@@ -195,7 +197,7 @@ def rule(
 ) -> RuleResult:
     value, low, high = values
     return RuleResult(
-        rule=text, metric=metric, against=against, unit="", threshold=threshold, status=status,  # type: ignore[arg-type]
+        rule=text, metric=metric, against=against, unit=UNITS.get(metric, ""), threshold=threshold, status=status,  # type: ignore[arg-type]
         estimate=Interval(value=value, low=low, high=high, confidence_frac=0.95, num_examples=12),
         reason={"pass": "the lower bound is above the threshold", "fail": "the lower bound is below the threshold",
                 "not_applicable": "there is no champion to compare with"}[status],

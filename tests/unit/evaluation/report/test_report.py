@@ -139,7 +139,7 @@ def test_ppo_samples_are_of_the_first_the_middle_and_the_last_iteration(page: st
 
 def test_figures_that_are_missing_are_a_dash(page: str) -> None:
     text = outline_of(page).text
-    assert "kl: at most 12 pass – – 12" in text
+    assert "kl: at most 12 nats a response pass – – 12" in text
     assert "Length bias –" in text
     assert "Reward-model score higher is better" in text
     row = re.search(r'"row">Reward-model score<span.*?</tr>', page, re.DOTALL)
@@ -186,6 +186,17 @@ def test_a_run_in_which_nobody_passed_says_so_and_why(synthetic: SimpleNamespace
     text = outline_of(page_of(store, synthetic.run(store, winner=None, with_ppo=False))).text
     assert "Not promoted" in text
     assert "No candidate passed the gate: dpo failed kl. There is no champion yet." in text
+
+
+def test_a_winner_that_is_the_champion_already_is_not_called_promoted(synthetic: SimpleNamespace) -> None:
+    store = synthetic.store()
+    inputs = synthetic.run(store)
+    verdict = Verdict.model_validate_json(store.contents[inputs["verdict"], "verdict.json"])
+    same = verdict.model_copy(update={"champion": verdict.candidate("dpo").model})
+    store.contents[inputs["verdict"], "verdict.json"] = same.model_dump_json().encode()
+    text = outline_of(page_of(store, inputs)).text
+    assert "dpo stays champion" in text
+    assert "Promoted" not in text
 
 
 def test_parts_that_a_run_does_not_have_are_left_out(synthetic: SimpleNamespace) -> None:
