@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from pipeline_lib.errors import ModelNotFoundError
+from pipeline_lib.models.logprobs import require_plain_head
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.text.chat_template import ChatTokenizer
 
@@ -117,11 +118,16 @@ def _write_from_place(source: str, directory: Path, *, revision: str | None) -> 
 
 
 def load_causal_model(directory: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model artifact's language model, in evaluation mode, from verified local files."""
+    """Load a model artifact's language model, in evaluation mode, from verified local files.
+
+    Raises:
+        ConfigError: The model changes its logits after its head.
+    """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
-    return model.eval()
+    require_plain_head(model.eval())
+    return model
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.tokens import token_logps_from_hidden
-from pipeline_lib.text.encode import Tree
-from pipeline_lib.text.pack import TreeBatch, pack, pad
+from pipeline_lib.text.pack import TreeBatch
 
 HEAD_CHUNK_TOKENS = 256
 """Counted positions whose logits are in memory at once."""
@@ -24,15 +25,30 @@ _TREE_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", 
 
 def supports_trees(model: PreTrainedModel) -> bool:
     """Tell whether a model takes packed trees; others get one padded row a response."""
-    windowed = getattr(model.config, "sliding_window", None) and getattr(
-        model.config, "use_sliding_window", True
-    )
+    windowed = getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)
     return model.config.model_type in _TREE_MODEL_TYPES and not windowed
 
 
-def make_batch(trees: list[Tree], *, packed: bool, pad_id: int) -> TreeBatch:
-    """Lay trees out in the form the model takes."""
-    return pack(trees) if packed else pad(trees, pad_id=pad_id)
+@torch.inference_mode()
+def require_plain_head(model: PreTrainedModel) -> None:
+    """Refuse a language model that changes its logits after the head, as Gemma 2 caps them.
+
+    Log-probabilities are taken from the head's own output, so they would silently be another model's.
+
+    Raises:
+        ConfigError: The model's logits are not those of its head.
+    """
+    ids = torch.arange(4, device=model.device)[None]
+    backbone: nn.Module = model.base_model
+    of_head = model.get_output_embeddings()(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+    of_model = model(input_ids=ids, use_cache=False).logits.float()
+    # 2 % is far above what bf16 loses and far below what a cap or a scale changes.
+    if float((of_head - of_model).abs().max()) > 0.02 * float(of_head.abs().max()):
+        raise ConfigError(
+            f"models of type {model.config.model_type!r} scale or cap their logits after the head, "
+            "which is not supported",
+            next_step="choose a model.source such as a Llama, Qwen, Mistral or GPT-2",
+        )
 
 
 def hidden_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:

@@ -23,7 +23,7 @@ class Tree:
     response_ids: tuple[tuple[int, ...], ...]
     """One tuple a response, ending with the end-of-turn token unless it was cut."""
     prompt_counts: tuple[bool, ...]
-    """True where a prompt token counts in the SFT loss: earlier assistant turns."""
+    """True where a prompt token counts in the SFT loss: earlier turns of a demonstration."""
 
     @property
     def num_tokens(self) -> int:
@@ -83,14 +83,16 @@ class Encoder:
         return [*self.chat.ids(content), self.chat.eos_id][: self.max_response_tokens]
 
     def tree(self, record: Record) -> Tree:
-        """Encode a record: its prompt and all its responses in their order."""
-        where = (
-            f"row {record.id[:12]} ({record.origin.place or record.origin.source}:{record.origin.line or 0})"
-        )
+        """Encode a record: its prompt and all its responses in their order.
+
+        Earlier assistant turns count only in a demonstration: where responses are compared, or none
+        is there, the dialogue before them is a prompt like any other.
+        """
+        where = f"row {record.id[:12]} ({record.origin.place or record.origin.source}:{record.origin.line or 0})"
         prompt_ids, counts = self.prompt(record.messages, where=where)
-        responses = tuple(
-            tuple(self.response(response.content, where=where)) for response in record.responses
-        )
+        responses = tuple(tuple(self.response(response.content, where=where)) for response in record.responses)
+        if len(responses) != 1:
+            counts = [False] * len(prompt_ids)
         return Tree(record.id, tuple(prompt_ids), responses, tuple(counts))
 
     def _append(self, ids: list[int], counts: list[bool], text: str, *, counted: bool) -> None:

@@ -1,0 +1,180 @@
+"""What the training core's tests share: toy rows, tiny models, checkpoints in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from pipeline_lib.models.base import load_causal_model
+from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
+from pipeline_lib.models.settings import LoraSettings
+from pipeline_lib.models.tiny import byte_tokenizer, tiny_config
+from pipeline_lib.schema import Message, Origin, Record, Response
+from pipeline_lib.text.chat_template import ChatTokenizer
+from pipeline_lib.text.encode import Encoder, Tree
+from pipeline_lib.training.loop import LoopHooks, TrainingLoop
+from pipeline_lib.models.scoring import Layout
+from pipeline_lib.training.recipe import Recipe
+from pipeline_lib.training.settings import OptimizerSettings, TrainingSettings
+from pipeline_lib.training.trained_model import TrainedModel, prepare
+
+ORIGIN = Origin(source="toy", place="toy.jsonl", line=7)
+LORA = LoraSettings(rank=4, alpha=8.0)
+
+
+def byte_ids(text: str) -> list[int]:
+    """The ids of the byte tokenizer, worked out by hand: printable bytes in order, then the others."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    place = {byte: 3 + index for index, byte in enumerate([*printable, *others])}
+    return [place[byte] for byte in text.encode()]
+
+
+def chat() -> ChatTokenizer:
+    """The tiny model's tokenizer and template."""
+    return ChatTokenizer.of(byte_tokenizer())
+
+
+def encoder(*, max_prompt_tokens: int = 256, max_response_tokens: int = 64) -> Encoder:
+    """An encoder of the tiny model."""
+    return Encoder(chat(), max_prompt_tokens, max_response_tokens)
+
+
+def dialogue(*turns: str) -> tuple[Message, ...]:
+    """User, assistant, user, ... turns."""
+    roles = ("user", "assistant")
+    return tuple(Message(role=roles[n % 2], content=turn) for n, turn in enumerate(turns))  # type: ignore[arg-type]
+
+
+def record(prompt: str | tuple[Message, ...], *responses: str, ranks: tuple[int, ...] | None = None) -> Record:
+    """A row; responses of a comparison are ranked in their order unless ranks are given."""
+    messages = dialogue(prompt) if isinstance(prompt, str) else prompt
+    if ranks is None:
+        ranks = tuple(range(1, len(responses) + 1)) if len(responses) > 1 else ()
+    return Record.create(messages, tuple(Response(content=text) for text in responses), ranks, origin=ORIGIN)
+
+
+def short_tree(name: str, prompt: list[int], *responses: list[int]) -> Tree:
+    """A tree of bare ids, nothing of the prompt counted."""
+    return Tree(name, tuple(prompt), tuple(tuple(ids) for ids in responses), (False,) * len(prompt))
+
+
+def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, sharpness: float = 1.0) -> PreTrainedModel:
+    """A tiny Llama in memory; a sharpness above 1 makes its distributions uneven."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(tiny_config(len(byte_tokenizer()))).to(dtype)
+    sharpen(model, sharpness)
+    return model.eval()
+
+
+def sharpen(model: PreTrainedModel, factor: float) -> None:
+    """Multiply every matrix of the backbone, so that tokens depend on one another."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(factor)
+
+
+def settings(**changes: Any) -> TrainingSettings:
+    """Settings of a training of seconds: fp32, small adapters, a constant learning rate."""
+    optimizer = {"learning_rate": 1e-3, "schedule": "constant", "warmup_frac": 0.0}
+    optimizer.update(changes.pop("optimizer", {}))
+    values: dict[str, Any] = {
+        "batch_size": 4, "precision": "fp32", "lora": LORA, "seed": 3, "max_prompt_tokens": 256,
+        "max_response_tokens": 64,
+    }  # fmt: skip
+    return TrainingSettings(optimizer=OptimizerSettings(**optimizer), **(values | changes))
+
+
+def policy_of(directory: Path, chosen: TrainingSettings) -> TrainedModel:
+    """The tiny policy of a folder, ready for training."""
+    model = load_causal_model(directory, dtype=torch.float32)
+    return prepare(model, directory, chosen, seed=chosen.seed)
+
+
+def reward_model_of(directory: Path, chosen: TrainingSettings) -> TrainedModel:
+    """A tiny reward model on the folder's backbone, ready for training, as the stage makes it."""
+    model = load_scalar_model(directory, dtype=torch.float32)
+    init_head(model, seed=1)
+    trained = prepare(model, directory, chosen, seed=chosen.seed)
+    head_of(trained.model).requires_grad_(requires_grad=True)
+    return trained
+
+
+def layout(*, tokens_per_batch: int = 4096, is_packed: bool = True) -> Layout:
+    """A layout for the tiny model."""
+    return Layout(is_packed, chat().pad_id, tokens_per_batch)
+
+
+@dataclass
+class FolderCheckpoints:
+    """Checkpoints in a local folder, with the methods of the real store."""
+
+    folder: Path
+    steps: list[int] = field(default_factory=list)
+    """Every step saved, in order."""
+
+    def save(self, step: int, directory: Path, note: Mapping[str, Any]) -> None:
+        """Keep a copy of the directory."""
+        shutil.copytree(directory, self.folder / str(step), dirs_exist_ok=True)
+        self.steps.append(step)
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest step."""
+        return (max(self.steps), {}) if self.steps else None
+
+    def fetch(self, step: int, directory: Path) -> Path:
+        """A copy of a step's files."""
+        shutil.copytree(self.folder / str(step), directory, dirs_exist_ok=True)
+        return directory
+
+
+@dataclass
+class World:
+    """Everything around a loop, and what it was told."""
+
+    workdir: Path
+    checkpoints: FolderCheckpoints
+    should_stop: Callable[[], bool] = lambda: False
+    told: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, workdir: Path) -> World:
+        """A world in an empty folder."""
+        return cls(workdir / "work", FolderCheckpoints(workdir / "kept"))
+
+    def loop(self, recipe: Recipe, chosen: TrainingSettings, *, every_s: float = 1e9) -> TrainingLoop:
+        """A loop over a recipe in this world."""
+        hooks = LoopHooks(
+            on_step=lambda step, figures: self.told.append((step, dict(figures))),
+            on_progress=lambda _, text: self.texts.append(text),
+            should_stop=lambda: self.should_stop(),
+        )
+        return TrainingLoop(
+            recipe, chosen.optimizer, seed=chosen.seed, workdir=self.workdir, checkpoints=self.checkpoints,
+            checkpoint_every_s=every_s, hooks=hooks,
+        )  # fmt: skip
+
+
+def weights_of(recipe: Recipe) -> dict[str, Tensor]:
+    """Everything that a recipe trains, copied."""
+    return {
+        f"{group.name}/{name}": parameter.detach().clone()
+        for group in recipe.parameter_groups()
+        for name, parameter in group.parameters.items()
+    }
+
+
+def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference between two sets of weights."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
