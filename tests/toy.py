@@ -25,6 +25,8 @@ from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import OptimizerSettings, TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, prepare
 
+torch.set_num_threads(1)  # models this small only lose by more, the more so on a busy machine
+
 ORIGIN = Origin(source="toy", place="toy.jsonl", line=7)
 LORA = LoraSettings(rank=4, alpha=8.0)
 
