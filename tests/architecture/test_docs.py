@@ -12,14 +12,21 @@ from typing import Any
 import pytest
 import typer
 from pydantic import BaseModel
+from ruamel.yaml import YAML
 
 from pipeline_lib.config import load, read_yaml
 from pipeline_lib.data.filters import FILTERS
+from pipeline_lib.data.place import LocalPlaces
+from pipeline_lib.data.rule import Tools
 from pipeline_lib.data.sources import SOURCES
+from pipeline_lib.errors import ConfigError
+from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.gate import GatePolicy
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
+from pipeline_lib.evaluation.stats import Bootstrap
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.registry import Table
+from pipeline_lib.schema import ExampleResult, Message, Origin, Record, Response
 from pipeline_lib.stages import STAGES
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.validation import validate
@@ -87,7 +94,10 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_files_named_in_code_marks_exist(page: Path) -> None:
-    named = re.findall(r"`((?:pipeline_lib|flows|tasks|configs|infra|tests|docs)/[\w./-]+)`", page.read_text("utf-8"))
+    lines = page.read_text(encoding="utf-8").splitlines()
+    # The headings of docs/adding name the files that the reader is about to write.
+    text = "\n".join(line for line in lines if not (line.startswith("## ") and page.parent.name == "adding"))
+    named = re.findall(r"`((?:pipeline_lib|flows|tasks|configs|infra|tests|docs)/[\w./-]+)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -166,3 +176,98 @@ def public_names(tree: ast.Module) -> list[ast.ClassDef | ast.FunctionDef | ast.
             if is_definition and not node.name.startswith("_"):
                 found.append(node)
     return found
+
+
+# The guides of docs/adding are run: each adds the plug-in it shows, to a table of its own.
+
+GUIDES = [("loss", "hinge:Hinge"), ("filter", "boilerplate:Boilerplate"), ("source", "csv_files:CsvFiles"),
+          ("gate-rule", "refusals:Refusals")]  # fmt: skip
+
+
+@pytest.fixture
+def example(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what builds the plug-in that a guide shows, out of the guide's own text."""
+    guide, place = request.param
+    text = (ROOT / "docs" / "adding" / f"{guide}.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    module, _, cls = place.partition(":")
+    assert f"{module}.py`" in text
+    (tmp_path / f"guide_{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    table = Table(guide, {"new": f"guide_{module}:{cls}"})
+    return lambda **parameters: table.build({"name": "new", **parameters})
+
+
+def guided(name: str) -> Any:
+    """Choose a guide for a test."""
+    chosen = [guide for guide in GUIDES if guide[0] == name]
+    return pytest.mark.parametrize("example", chosen, indirect=True, ids=[name])
+
+
+@guided("loss")
+def test_the_guide_for_a_loss_adds_one(example: Any) -> None:
+    import torch
+
+    from pipeline_lib.losses.preference.contract import PairLogps
+
+    values = dict.fromkeys(("ref_chosen_B", "ref_rejected_B", "chosen_tokens_B", "rejected_tokens_B"), torch.zeros(2))
+    pairs = PairLogps(chosen_B=torch.tensor([3.0, -1.0]), rejected_B=torch.tensor([0.0, 1.0]), **values)
+    assert example(beta=0.5).per_pair(pairs).tolist() == [0.0, 2.0]  # max(0, 1 - 1.5) and 1 + 1
+    with pytest.raises(ConfigError, match="did you mean 'beta'"):
+        example(betta=0.5)
+
+
+@guided("filter")
+def test_the_guide_for_a_filter_adds_one(example: Any) -> None:
+    def record(*texts: str) -> Record:
+        ranks = tuple(range(1, len(texts) + 1)) if len(texts) > 1 else ()
+        question = (Message(role="user", content="Why?"),)
+        return Record.create(
+            question, tuple(Response(content=text) for text in texts), ranks, origin=Origin(source="s")
+        )
+
+    rule = example()
+    assert rule.reject(record("As an AI language model, I do not know."), Tools()).code == "E_BOILERPLATE"
+    assert rule.reject(record("Because.", "As an AI language model, no."), Tools()) is None
+    assert rule.reject(record(), Tools()) is None
+
+
+@guided("source")
+def test_the_guide_for_a_source_adds_one(example: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,completion\nWhy?,Because.\nHow?\nWho?,Me.\n")
+    source = example(path=str(tmp_path / "rows.csv"), fields={"prompt": "question"}, layout="prompt_completion")
+    rows = list(source.rows(LocalPlaces(), lambda _: None))
+    assert [getattr(row, "code", "record") for row in rows] == ["record", "E_CSV_COLUMNS", "record"]
+    assert rows[0].messages[-1].content == "Why?"
+    assert rows[0].responses[0].content == "Because."
+    assert list(source.fingerprint(LocalPlaces())) == [str(tmp_path / "rows.csv")]
+
+
+@guided("gate-rule")
+def test_the_guide_for_a_gate_rule_adds_a_metric(example: Any) -> None:
+    def result(number: int, response: str) -> ExampleResult:
+        return ExampleResult(
+            record_id=str(number), prompt=(Message(role="user", content="?"),), reference="", response=response,
+            response_tokens=1, is_finished=True, reference_nll_nats=None, reference_tokens=0, rouge_l_frac=None,
+            score=0.0, logp=0.0, reference_model_logp=0.0,
+        )  # fmt: skip
+
+    answers = {"dpo": ["I cannot say.", "Yes.", "No.", "Maybe."], "base": ["I'm sorry.", "I can't.", "No.", "Maybe."]}
+    models = {name: tuple(result(k, text) for k, text in enumerate(texts)) for name, texts in answers.items()}
+    evidence = Evidence(models=models, reward_model={})
+    assert example().measure(evidence, "dpo", bootstrap=Bootstrap()).value == 0.25
+    assert example(against="base").measure(evidence, "dpo", bootstrap=Bootstrap()).value == -0.25
+
+
+def test_the_guide_for_a_gate_rule_shows_a_valid_policy() -> None:
+    text = (ROOT / "docs" / "adding" / "gate-rule.md").read_text(encoding="utf-8")
+    (policy,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert validate(GatePolicy, YAML(typ="safe", pure=True).load(policy), where="the guide").min_examples == 100
+
+
+def test_the_readmes_configuration_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example_yaml,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    path = tmp_path / "mine.yaml"
+    path.write_text(example_yaml)
+    assert load(path, RunConfig).value.promote.model_name == "mine"
