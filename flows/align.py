@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
@@ -40,26 +42,30 @@ class _Stages:
     def __init__(self, config: RunConfig, services: Services) -> None:
         self.config, self.services = config, services
 
-    def __call__(
-        self, stage: str, config: BaseModel, *, name: str = "", **inputs: ArtifactRef
-    ) -> ArtifactRef:
+    def __call__(self, stage: str, config: BaseModel, **inputs: ArtifactRef) -> ArtifactRef:
         """Run a stage and wait for its artifact."""
-        state = run_stage(stage, config, inputs, self.services, name or stage)
-        ref: ArtifactRef = state.result()
-        return ref
+        return self.named(stage, stage, config, inputs)
+
+    def named(self, name: str, stage: str, config: BaseModel, inputs: dict[str, ArtifactRef]) -> ArtifactRef:
+        """Run a stage as a task run of a name of its own."""
+        state: State[ArtifactRef] = run_stage(stage, config, inputs, self.services, name, return_state=True)
+        return state.result()
 
     def together(self, jobs: dict[str, tuple[BaseModel, dict[str, ArtifactRef]]]) -> dict[str, ArtifactRef]:
         """Run stages that do not depend on each other, side by side where the run allows it."""
         if self.services.runtime.max_parallel_stages == 1:
-            return {name: self(name, config, **inputs) for name, (config, inputs) in jobs.items()}
+            return {name: self.named(name, name, config, inputs) for name, (config, inputs) in jobs.items()}
         futures = {
-            name: run_stage.submit(name, config, inputs, self.services, name)
-            for name, (config, inputs) in jobs.items()
+            name: run_stage.submit(name, config, inputs, self.services, name) for name, (config, inputs) in jobs.items()
         }
         return {name: future.result() for name, future in futures.items()}
 
 
-@flow(name="align", flow_run_name="{config.name}", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=8))
+_RUNNER: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=8)
+"""Bounds only what `runtime.max_parallel_stages` allows."""
+
+
+@flow(name="align", flow_run_name="{config.name}", persist_result=False, task_runner=_RUNNER)
 def align(config: RunConfig = RunConfig()) -> AlignResult:  # noqa: B008  (fills the form in Prefect's UI)
     """Align a language model with human preferences and promote it where the evidence allows.
 
@@ -94,16 +100,18 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
     champion = incumbent(services.store, config.promote.model_name, list(candidates.values()))
     models = {"base": base, "sft": sft, **candidates, **({"champion": champion} if champion else {})}
     evidence = {
-        f"evaluation:{name}": stage(
-            "evaluate", config.evaluate, name=f"evaluate:{name}",
-            model=model, reference_model=sft, reward_model=reward, dataset=dataset,
+        f"evaluation:{name}": stage.named(
+            f"evaluate:{name}", "evaluate", config.evaluate,
+            {"model": model, "reference_model": sft, "reward_model": reward, "dataset": dataset},
         )
         for name, model in models.items()
     }  # fmt: skip
     gate = config.gate.model_copy(update={"candidates": tuple(candidates)})
-    verdict_ref = stage("gate", gate, reward_model=reward, **evidence)
-    promoted = promote_winner(config.promote, verdict_ref, services, _version_tags(config, dataset))
-    promotion: Promotion = promoted.result()
+    verdict_ref = stage.named("gate", "gate", gate, {"reward_model": reward, **evidence})
+    promoted: State[Promotion] = promote_winner(
+        config.promote, verdict_ref, services, _version_tags(config, dataset), return_state=True
+    )
+    promotion = promoted.result()
     report = stage("report", ReportConfig(name=config.name), verdict=verdict_ref, dataset=dataset)
     return _finish(config, services, verdict_ref, promotion, report)
 
@@ -128,9 +136,7 @@ def _start_tracking(config: RunConfig, services: Services) -> None:
             "prefect.flow_run_id": str(flow_run.id),
             "prefect.deployment": str(deployment.id or ""),
         }
-    services.tracker.start(
-        config.name, params={"config": config.name, "base_model": config.model.source}, tags=tags
-    )
+    services.tracker.start(config.name, params={"config": config.name, "base_model": config.model.source}, tags=tags)
 
 
 def _config_sha256(config: RunConfig) -> str:
@@ -156,9 +162,7 @@ def _finish(
     path = directory / "report.html"
     services.tracker.log_file(path)
     verdict = Verdict.model_validate(services.store.read_json(verdict_ref, "verdict.json"))
-    create_markdown_artifact(
-        _markdown(verdict, promotion, path), key="verdict", description=f"Gate: {config.name}"
-    )
+    create_markdown_artifact(_markdown(verdict, promotion, path), key="verdict", description=f"Gate: {config.name}")
     return AlignResult(
         verdict=verdict, promotion=promotion, report=report, report_path=path,
         winner_uri=services.store.uri(promotion.model) if promotion.model else None,
@@ -173,9 +177,7 @@ def _markdown(verdict: Verdict, promotion: Promotion, path: Path) -> str:
         for rule in candidate.rules:
             shown = rule.estimate
             figure = "–" if shown.value is None else f"{shown.value:.4g}"
-            interval = (
-                "–" if shown.low is None or shown.high is None else f"{shown.low:.4g} … {shown.high:.4g}"
-            )
+            interval = "–" if shown.low is None or shown.high is None else f"{shown.low:.4g} … {shown.high:.4g}"
             lines.append(f"| {rule.rule} | {figure} | {interval} | {rule.status}: {rule.reason} |")
         lines.append("")
     lines.append(f"Full report: `{path.name}` in the run's report artifact and in MLflow.")

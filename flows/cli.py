@@ -49,7 +49,7 @@ def run(config: Config, overrides: Overrides = None, home: Home = DEFAULT_HOME) 
             console.stop()
             APILogWorker.drain_all()  # before the embedded server ends
             EventsWorker.drain_all()
-    print(_summary(result, seconds=time.monotonic() - started, home=home))
+    print(_summary(result, seconds=time.monotonic() - started))
 
 
 @app.command("show-config")
@@ -60,7 +60,9 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
 
     loaded = load(find_config(config), RunConfig, overrides)
     for key, value in flatten(loaded.value.model_dump(mode="json")).items():
-        origin = next((place for name, place in loaded.origins.items() if key == name or key.startswith(f"{name}.")), "default")
+        origin = next(
+            (place for name, place in loaded.origins.items() if key == name or key.startswith(f"{name}.")), "default"
+        )
         print(f"{key} = {json.dumps(value, ensure_ascii=False)}  ({origin})")
 
 
@@ -74,7 +76,9 @@ def diff(first: Config, second: Annotated[str, typer.Argument(help="The other co
 
 
 @app.command("list")
-def list_plugins(kind: Annotated[str, typer.Argument(help="sources, filters, losses, gate-metrics or stages.")]) -> None:
+def list_plugins(
+    kind: Annotated[str, typer.Argument(help="sources, filters, losses, gate-metrics or stages.")],
+) -> None:
     """Print the plug-ins of a kind with their parameters."""
     from flows.listing import describe
 
@@ -156,7 +160,7 @@ def up(
         settings = tracking_settings(home, storage)
         with mlflow_pages(settings, home, port=mlflow_port) as pages:
             print(f"Prefect  {api.removesuffix('/api')}\nMLflow   {pages}\nS3       {storage.endpoint_url}")
-            print("Ctrl-C ends them. Other terminals: eval \"$(prefline env)\"", flush=True)
+            print('Ctrl-C ends them. Other terminals: eval "$(prefline env)"', flush=True)
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 
@@ -190,7 +194,7 @@ def _raise_interrupt(number: int, frame: object) -> None:  # noqa: ARG001
     raise KeyboardInterrupt
 
 
-def _summary(result: Any, *, seconds: float, home: Path) -> str:
+def _summary(result: Any, *, seconds: float) -> str:
     promotion, verdict = result.promotion, result.verdict
     lines = ["", f"Gate: {promotion.status.replace('_', ' ')} ({promotion.reason})"]
     for candidate in verdict.candidates:
@@ -210,7 +214,7 @@ def _summary(result: Any, *, seconds: float, home: Path) -> str:
         "",
         "Next:",
         f"  prefline explain models:/{name}     the model's lineage, back to its rows",
-        f"  prefline ask \"What does shutil.copytree do?\" --model models:/{name}",
+        f'  prefline ask "What does shutil.copytree do?" --model models:/{name}',
         "  prefline up                         the runs in Prefect and MLflow",
     ]
     return "\n".join(lines)
@@ -221,7 +225,9 @@ def main() -> None:
     is_debug = "--debug" in sys.argv
     if is_debug:
         sys.argv.remove("--debug")
-    logging.basicConfig(level=logging.INFO if is_debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.INFO if is_debug else logging.ERROR)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         app(standalone_mode=False)
@@ -229,7 +235,8 @@ def main() -> None:
         _fail(error, is_debug=is_debug)
     except KeyboardInterrupt:
         print(
-            "interrupted: training has committed a checkpoint\n  next: run the same command again, it goes on from there",
+            "interrupted: training has committed a checkpoint\n"
+            "  next: run the same command again, it goes on from there",
             file=sys.stderr,
         )
         sys.exit(InterruptedRunError.exit_code)
@@ -242,7 +249,10 @@ def main() -> None:
         if is_debug or not hasattr(error, "format_message"):
             if is_debug:
                 traceback.print_exc()
-            print(f"{type(error).__name__}: {error}\n  next: run again with --debug, and report it with the trace", file=sys.stderr)
+            print(
+                f"{type(error).__name__}: {error}\n  next: run again with --debug, and report it with the trace",
+                file=sys.stderr,
+            )
             sys.exit(1)
         print(f"{error.format_message()}\n  next: prefline --help", file=sys.stderr)
         sys.exit(2)

@@ -112,9 +112,7 @@ def _parse(text: str, *, where: str) -> Any:
 
 def _read_extended(path: Path, *, depth: int) -> tuple[dict[str, Any], dict[str, str]]:
     if depth > _MAX_EXTENDS:
-        raise ConfigError(
-            f"{path}: `extends` goes round in a circle", next_step="extend one other file, once"
-        )
+        raise ConfigError(f"{path}: `extends` goes round in a circle", next_step="extend one other file, once")
     own = read_yaml(path)
     base_name = own.pop("extends", None)
     origins = {key: str(path) for key in flatten(own)}

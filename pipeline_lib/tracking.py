@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ ARTIFACT_TAG = "prefline.artifact_id"
 FORM_TAG = "prefline.form"
 """`loadable`: MLflow holds the files; `reference`: the version names the artifact's place only."""
 _FLUSH_EVERY_S = 1.0
+_METRICS_PER_CALL = 900
 
 LogModel = Callable[[Callable[..., Any], Callable[..., Any]], str]
 
@@ -62,6 +65,7 @@ class Tracker:
         """Start the parent run, with the configuration as parameters."""
 
         def begin() -> None:
+            _be_quiet()
             mlflow.set_tracking_uri(self.settings.uri)
             client = MlflowClient(self.settings.uri)
             found = client.get_experiment_by_name(self.experiment)
@@ -152,10 +156,11 @@ class StageRun:
         pending, self._pending = self._pending, []
         self._last_flush_s = time.monotonic()
         run_id = self.run_id
-        if pending and run_id is not None:
-            for start in range(0, len(pending), 900):
-                chunk = pending[start : start + 900]
-                self._tracker._with_client(lambda client, part=chunk: client.log_batch(run_id, metrics=part))
+        if run_id is None:
+            return
+        for start in range(0, len(pending), _METRICS_PER_CALL):
+            part = pending[start : start + _METRICS_PER_CALL]
+            self._tracker._with_client(partial(_log_batch, run_id, part))
 
     def finish(self, status: str, *, metrics: Mapping[str, float | None], tags: Mapping[str, str]) -> None:
         """End the run with its final figures."""
@@ -172,6 +177,17 @@ class StageRun:
             client.set_terminated(run_id, status)
 
         self._tracker._with_client(end)
+
+
+def _be_quiet() -> None:
+    """Keep MLflow's notices and progress bars off the terminal; errors are raised, not printed."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _log_batch(run_id: str, metrics: list[Metric], client: MlflowClient) -> None:
+    client.log_batch(run_id, metrics=metrics)
 
 
 def _dataset(name: str, ref: ArtifactRef) -> DatasetInput:
@@ -192,6 +208,7 @@ class ModelRegistry:
     def __init__(self, settings: TrackingSettings) -> None:
         """Take the server's address."""
         self.settings = settings
+        _be_quiet()
         mlflow.set_tracking_uri(settings.uri)
         self._client = MlflowClient(settings.uri)
 
@@ -230,16 +247,20 @@ class ModelRegistry:
         uri = self._call(log_in_run)
         return self._create_version(name, artifact_id, uri, {**tags, FORM_TAG: "loadable"})
 
-    def register_reference(self, name: str, artifact_id: str, *, uri: str, tags: Mapping[str, str]) -> str:
+    def register_reference(
+        self, name: str, artifact_id: str, *, uri: str, run_id: str | None, tags: Mapping[str, str]
+    ) -> str:
         """Register a model that stays in the artifact store: a version with tags and its place."""
+        experiment_id = self._call(lambda: self._client.get_run(run_id).info.experiment_id) if run_id else None
         external = self._call(
             lambda: mlflow.create_external_model(
-                name=f"{name}-{artifact_id[:12]}", tags={"prefline.uri": uri}
+                name=f"{name}-{artifact_id[:12]}",
+                tags={"prefline.uri": uri},
+                source_run_id=run_id,
+                experiment_id=experiment_id,
             )
         )
-        return self._create_version(
-            name, artifact_id, f"models:/{external.model_id}", {**tags, FORM_TAG: "reference"}
-        )
+        return self._create_version(name, artifact_id, f"models:/{external.model_id}", {**tags, FORM_TAG: "reference"})
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Let an alias name a version; tells nothing where it already does."""
@@ -260,19 +281,13 @@ class ModelRegistry:
         found = self._call(lambda: self._client.search_model_versions(f"name='{name}'"))
         return [(str(version.version), dict(version.tags)) for version in found]
 
-    def set_tags(self, name: str, version: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a version."""
-        for key, value in tags.items():
-            self._call(
-                lambda key=key, value=value: self._client.set_model_version_tag(name, version, key, value)
-            )
-
     def _create_version(self, name: str, artifact_id: str, uri: str, tags: Mapping[str, str]) -> str:
         def create() -> str:
             all_tags = {**tags, ARTIFACT_TAG: artifact_id}
             return str(mlflow.register_model(uri, name, tags=all_tags).version)
 
-        return self._call(create)
+        version: str = self._call(create)
+        return version
 
     def _call(self, action: Callable[[], Any]) -> Any:
         try:

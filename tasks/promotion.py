@@ -21,9 +21,7 @@ from tasks.stage_task import is_transient
     name="promote", cache_policy=NO_CACHE, persist_result=False,
     retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=is_transient,
 )  # fmt: skip
-def promote_winner(
-    config: PromoteConfig, verdict: ArtifactRef, services: Services, tags: dict[str, str]
-) -> Any:
+def promote_winner(config: PromoteConfig, verdict: ArtifactRef, services: Services, tags: dict[str, str]) -> Any:
     """Register all candidates; move pointer and alias to the winner. Doing it again changes nothing."""
     bar = console.bar("promote")
     promotion = promote(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,8 +66,6 @@ def tracking_settings(home: Path, storage: S3Settings) -> TrackingSettings:
     uri = os.environ.get(TRACKING_VARIABLE)
     if uri is not None:
         return TrackingSettings(uri=uri)
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     prefix = f"{storage.prefix}/" if storage.prefix else ""
     return TrackingSettings(
         uri=f"sqlite:///{home.absolute() / 'mlflow.db'}",

@@ -63,9 +63,7 @@ class TaskEvents:
         try:
             if self._artifact_id is None:
                 key = self._name.replace("_", "-").replace(":", "-")
-                self._artifact_id = create_progress_artifact(
-                    percent, key=f"{key}-progress", description=self._name
-                )
+                self._artifact_id = create_progress_artifact(percent, key=f"{key}-progress", description=self._name)
             else:
                 update_progress_artifact(self._artifact_id, percent)
         except Exception as error:
@@ -82,9 +80,7 @@ def is_transient(task: Any, run: TaskRun, state: State[Any]) -> bool:  # noqa: A
     name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False,
     retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=is_transient,
 )  # fmt: skip
-def run_stage(
-    stage: str, config: BaseModel, inputs: dict[str, ArtifactRef], services: Services, name: str
-) -> Any:
+def run_stage(stage: str, config: BaseModel, inputs: dict[str, ArtifactRef], services: Services, name: str) -> Any:
     """Run a stage, or answer from the store.
 
     Args:

@@ -14,13 +14,13 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.models.settings import LoraSettings
 from pipeline_lib.models.tiny import byte_tokenizer, tiny_config
 from pipeline_lib.schema import Message, Origin, Record, Response
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop
-from pipeline_lib.models.scoring import Layout
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import OptimizerSettings, TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, prepare

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
@@ -23,12 +23,13 @@ from pipeline_lib.validation import Frozen
 CHAMPION = "champion"
 
 
-def _known_metric(spec: PluginSpec) -> PluginSpec:
-    GATE_METRICS.build(spec)
-    return spec
+def _complete(spec: PluginSpec) -> PluginSpec:
+    """Check the metric and write its defaults out, so that the stage key sees them."""
+    plugin: BaseModel = GATE_METRICS.build(spec)
+    return {"name": spec["name"], **plugin.model_dump(mode="json")}
 
 
-MetricSpec = Annotated[PluginSpec, AfterValidator(_known_metric)]
+MetricSpec = Annotated[PluginSpec, AfterValidator(_complete)]
 
 
 class Rule(Frozen):
@@ -72,7 +73,7 @@ class GatePolicy(Frozen):
 
     rules: tuple[Rule, ...] = Field(min_length=1)
     """All of them must pass."""
-    select_by: MetricSpec = Field({"name": "score"}, title="Select by")
+    select_by: MetricSpec = Field({"name": "score"}, title="Select by", validate_default=True)
     """Orders the candidates that pass; higher is better."""
     bootstrap: Bootstrap = Bootstrap()
     """Resamples and confidence, before the correction over candidates."""

@@ -29,9 +29,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> Pe
     """
     backbone: nn.Module = model.base_model
     leaves = {
-        name.rsplit(".", 1)[-1]
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
     targets = settings.target_modules or sorted(leaves)
     torch.manual_seed(seed)

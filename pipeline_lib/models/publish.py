@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from pipeline_lib.errors import IntegrityError
 from pipeline_lib.models.base import load_causal_model, stored_dtype
@@ -30,6 +31,8 @@ def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: C
     Raises:
         IntegrityError: The model loaded back answers differently.
     """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     chat = ChatTokenizer.load(directory)
     model = load_causal_model(directory, dtype=stored_dtype(directory))
     packages = ("torch", "transformers", "accelerate")

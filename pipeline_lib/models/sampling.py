@@ -1,9 +1,9 @@
 """Batched sampling from a causal language model, ended at the end-of-turn token.
 
 Legend: B rows, T columns.
-Prompts are sorted by length and padded on the left, so a batch wastes little; every row's
-randomness is a function of (seed, row), not of the batch it happens to be in, so the samples do
-not depend on the batch size.
+Prompts are sorted by length and padded on the left, so a batch wastes little; what they all begin
+with is computed once. Every row's randomness is a function of (seed, row), not of the batch it
+happens to be in, so the samples do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -95,13 +95,19 @@ def _generate(
 ) -> list[list[int]]:
     """Sample a batch; rows that have ended leave it, so the last long response costs one row."""
     device = model.device
-    width = max(len(prompt) for prompt in prompts)
-    input_BT = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shared = _common_prefix(prompts)
+    own = [prompt[shared:] for prompt in prompts]
+    width = max(len(prompt) for prompt in own)
     cache = DynamicCache(config=model.config)
+    if shared:
+        # What all prompts begin with is computed once, and its keys and values are repeated.
+        model.base_model(input_ids=torch.tensor([prompts[0][:shared]], device=device), past_key_values=cache)
+        cache.batch_repeat_interleave(len(prompts))
+    input_BT = torch.tensor([[pad_id] * (width - len(p)) + p for p in own], device=device)
+    mask_BT = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in own], device=device)
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     position_B = mask_BT.sum(-1)
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, shared:]
     generated: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     for _ in range(settings.max_new_tokens):
@@ -125,6 +131,18 @@ def _generate(
         positions_BT = position_B[:, None]
         position_B = position_B + 1
     return generated
+
+
+def _common_prefix(prompts: list[list[int]]) -> int:
+    """Count the first tokens that all prompts share; at least one token of each is left."""
+    if len(prompts) < 2:
+        return 0
+    length = 0
+    for column in zip(*(prompt[:-1] for prompt in prompts), strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    return length
 
 
 def _draw(logits_BV: Tensor, settings: SamplingSettings, noise: list[torch.Generator]) -> list[int]:

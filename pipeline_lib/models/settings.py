@@ -16,7 +16,7 @@ class LoraSettings(Frozen):
 
     rank: int = Field(16, ge=1, le=1024)
     """Rank of the update."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, ge=1)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapters' input."""

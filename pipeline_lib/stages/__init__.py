@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+from pipeline_lib.registry import Table
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -56,3 +58,18 @@ STAGES: dict[str, StageSpec] = dict(
         _spec("report", "report", "ReportConfig", in_child=False),
     ]
 )
+
+
+def plugin_tables() -> dict[str, Table]:
+    """Return the tables of plug-ins by the kind's name on the command line."""
+    places = {
+        "sources": "pipeline_lib.data.sources:SOURCES",
+        "filters": "pipeline_lib.data.filters:FILTERS",
+        "losses": "pipeline_lib.losses.preference:PREFERENCE_LOSSES",
+        "gate-metrics": "pipeline_lib.evaluation.gate_metrics:GATE_METRICS",
+    }
+    tables: dict[str, Table] = {}
+    for kind, place in places.items():
+        module, _, attribute = place.partition(":")
+        tables[kind] = getattr(importlib.import_module(module), attribute)
+    return tables

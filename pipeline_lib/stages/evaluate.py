@@ -6,8 +6,8 @@ evaluated once is never evaluated again, and all comparisons are paired by promp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.validation import Frozen
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pipeline_lib.models.sampling import Sample
     from pipeline_lib.text.chat_template import ChatTokenizer
     from pipeline_lib.text.encode import Tree
@@ -71,7 +73,7 @@ def run(config: EvaluateConfig, inputs: Inputs, context: StageContext) -> StageO
         on_batch=lambda done: context.progress(0.6 * done / len(trees), f"answered {done}/{len(trees)}"),
     )  # fmt: skip
     context.progress(0.6, "scoring the answers")
-    figures = _Scorer(context, inputs, config, chat).figures(model, trees, samples)
+    figures = _figures(config, inputs, context, model, chat.pad_id, trees, samples)
     with (context.workdir / "examples.jsonl").open("w", encoding="utf-8") as file:
         for record, tree, drawn in zip(records, trees, samples, strict=True):
             result = _result(record, chat, drawn, figures[tree.record_id])
@@ -98,85 +100,48 @@ def _with_reference_only(record: Record) -> Record:
     return record.model_copy(update={"responses": (best,), "ranks": ()})
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """Scores references and answers under the model, the reference model and the reward model."""
+def _figures(
+    config: EvaluateConfig,
+    inputs: Inputs,
+    context: StageContext,
+    model: PreTrainedModel,
+    pad_id: int,
+    trees: list[Tree],
+    samples: list[Sample],
+) -> dict[str, dict[str, float]]:
+    """Score references and answers under the model, the reference model and the reward model."""
+    from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
+    from pipeline_lib.models.heads import load_scalar_model  # noqa: PLC0415  (torch)
+    from pipeline_lib.models.logprobs import supports_trees  # noqa: PLC0415  (torch)
+    from pipeline_lib.models.scoring import Layout, response_logps, response_scores  # noqa: PLC0415  (torch)
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
 
-    context: StageContext
-    inputs: Inputs
-    config: EvaluateConfig
-    chat: ChatTokenizer
-
-    def figures(self, model: Any, trees: list[Tree], samples: list[Sample]) -> dict[str, dict[str, float]]:
-        """Return the figures of each row by record id."""
-        from dataclasses import replace  # noqa: PLC0415
-
-        from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
-        from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-
-        answers = [
-            replace(tree, response_ids=(drawn.ids,)) for tree, drawn in zip(trees, samples, strict=True)
-        ]
-        figures: dict[str, dict[str, float]] = {tree.record_id: {} for tree in trees}
-        references = [tree for tree in trees if tree.response_ids]
-        for tree, logp in self._logps(model, references):
-            figures[tree.record_id] |= {"nll": -logp, "reference_tokens": float(len(tree.response_ids[0]))}
-        for tree, logp in self._logps(model, answers):
-            figures[tree.record_id]["logp"] = logp
-        if self.inputs["reference_model"] == self.inputs["model"]:
-            for row in figures.values():
-                row["reference_logp"] = row["logp"]
-        else:
-            directory = stage.fetch_model(self.context, self.inputs["reference_model"], "reference_model")
-            reference = load_causal_model(directory, dtype=model.dtype).to(model.device)
-            for tree, logp in self._logps(reference, answers):
-                figures[tree.record_id]["reference_logp"] = logp
-            del reference
-        self.context.progress(0.9, "scoring with the reward model")
-        for tree, score in self._scores(answers, model):
-            figures[tree.record_id]["score"] = score
-        return figures
-
-    def _logps(self, model: Any, trees: list[Tree]) -> list[tuple[Tree, float]]:
-        import torch  # noqa: PLC0415
-
-        from pipeline_lib.models.logprobs import supports_trees, token_logps  # noqa: PLC0415
-        from pipeline_lib.training.plan import Layout  # noqa: PLC0415
-
-        plain = [_without_counted_prompt(tree) for tree in trees]
-        layout = Layout(supports_trees(model), self.chat.pad_id, self.config.tokens_per_batch)
-        found: list[tuple[Tree, float]] = []
-        for batch in layout.batches(plain):
-            moved = batch.to(model.device)
-            with torch.no_grad():
-                logp_R = moved.sum_by_response(token_logps(model, moved).token_logp_N)
-            found += list(zip(batch.trees, logp_R.tolist(), strict=True))
-        return found
-
-    def _scores(self, trees: list[Tree], model: Any) -> list[tuple[Tree, float]]:
-        import torch  # noqa: PLC0415
-
-        from pipeline_lib.models.heads import load_scalar_model, scores  # noqa: PLC0415
-        from pipeline_lib.models.logprobs import supports_trees  # noqa: PLC0415
-        from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415
-        from pipeline_lib.training.plan import Layout  # noqa: PLC0415
-
-        directory = stage.fetch_model(self.context, self.inputs["reward_model"], "reward_model")
-        scale = stage.read_json(directory.parent / "normalization.json")
-        reward_model = load_scalar_model(directory, dtype=model.dtype).to(model.device).eval()
-        layout = Layout(supports_trees(reward_model), self.chat.pad_id, self.config.tokens_per_batch)
-        found: list[tuple[Tree, float]] = []
-        for batch in layout.batches([_without_counted_prompt(tree) for tree in trees]):
-            with torch.no_grad():
-                score_R = scores(reward_model, batch.to(model.device)) * scale["gain"] + scale["bias"]
-            found += list(zip(batch.trees, score_R.tolist(), strict=True))
-        return found
-
-
-def _without_counted_prompt(tree: Tree) -> Tree:
-    from dataclasses import replace  # noqa: PLC0415
-
-    return replace(tree, prompt_counts=(False,) * len(tree.prompt_ids))
+    plain = [replace(tree, prompt_counts=(False,) * len(tree.prompt_ids)) for tree in trees]
+    answers = [replace(tree, response_ids=(drawn.ids,)) for tree, drawn in zip(plain, samples, strict=True)]
+    both = [replace(t, response_ids=(*t.response_ids, *a.response_ids)) for t, a in zip(plain, answers, strict=True)]
+    layout = Layout(supports_trees(model), pad_id, config.tokens_per_batch)
+    own = response_logps(model, both, layout)
+    if inputs["reference_model"] == inputs["model"]:
+        reference = {key: values[-1:] for key, values in own.items()}
+    else:
+        directory = stage.fetch_model(context, inputs["reference_model"], "reference_model")
+        reference_model = load_causal_model(directory, dtype=model.dtype).to(model.device)
+        reference = response_logps(reference_model, answers, layout)
+        del reference_model
+    context.progress(0.9, "scoring with the reward model")
+    directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
+    scale = stage.read_json(directory.parent / "normalization.json")
+    scored = response_scores(load_scalar_model(directory, dtype=model.dtype).to(model.device).eval(), answers, layout)
+    figures: dict[str, dict[str, float]] = {}
+    for tree in plain:
+        key = tree.record_id
+        figures[key] = {
+            "logp": own[key][-1], "reference_logp": reference[key][0],
+            "score": scored[key][0] * scale["gain"] + scale["bias"],
+        }  # fmt: skip
+        if tree.response_ids:
+            figures[key] |= {"nll": -own[key][0], "reference_tokens": float(len(tree.response_ids[0]))}
+    return figures
 
 
 def _result(record: Record, chat: ChatTokenizer, drawn: Sample, figures: dict[str, float]) -> ExampleResult:

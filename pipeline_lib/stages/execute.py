@@ -77,9 +77,7 @@ def execute(job: Job, *, store: ArtifactStore, events: Events) -> Outcome:
     return Outcome(ref, is_cached=False, wall_s=time.monotonic() - started)
 
 
-def run_here(
-    job: Job, *, store: ArtifactStore, events: Events, should_stop: Callable[[], bool]
-) -> ArtifactRef:
+def run_here(job: Job, *, store: ArtifactStore, events: Events, should_stop: Callable[[], bool]) -> ArtifactRef:
     """Run a stage in this process and commit its result, under the stage's lease."""
     started = time.monotonic()
     spec = STAGES[job.stage]

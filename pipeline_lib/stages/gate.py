@@ -46,8 +46,7 @@ def run(config: GateConfig, inputs: Inputs, context: StageContext) -> StageOutpu
     evidence = Evidence(
         models={
             name: tuple(
-                ExampleResult.model_validate_json(line)
-                for line in context.store.read_lines(ref, "examples.jsonl")
+                ExampleResult.model_validate_json(line) for line in context.store.read_lines(ref, "examples.jsonl")
             )
             for name, ref in evaluations.items()
         },
@@ -56,6 +55,4 @@ def run(config: GateConfig, inputs: Inputs, context: StageContext) -> StageOutpu
     candidates = {name: models[name] for name in config.candidates}
     verdict = decide(config.policy, evidence, candidates, models.get(CHAMPION))
     (context.workdir / "verdict.json").write_text(verdict.model_dump_json(), encoding="utf-8")
-    return StageOutput(
-        "verdict", context.workdir, {"passed": float(sum(c.is_passed for c in verdict.candidates))}
-    )
+    return StageOutput("verdict", context.workdir, {"passed": float(sum(c.is_passed for c in verdict.candidates))})

@@ -16,9 +16,7 @@ _ACTIVATIONS_PER_LAYER = 16
 """Values kept for the backward pass per token, layer and unit of width; measured, rounded down."""
 
 
-def estimate_bytes(
-    settings: TrainingSettings, *, num_parameters: int, width: int, layers: int, copies: int
-) -> int:
+def estimate_bytes(settings: TrainingSettings, *, num_parameters: int, width: int, layers: int, copies: int) -> int:
     """Estimate what a training stage holds: weights, optimizer and the activations of one forward.
 
     Args:
@@ -43,9 +41,7 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
     """
     shape = store.read_json(base, "model/config.json")
     stored = sum(
-        entry.size_bytes
-        for name, entry in store.manifest(base).files.items()
-        if name.endswith(".safetensors")
+        entry.size_bytes for name, entry in store.manifest(base).files.items() if name.endswith(".safetensors")
     )
     bytes_per_value = 2 if shape.get("dtype") in ("bfloat16", "float16") else 4
     width = int(shape.get("hidden_size") or shape.get("n_embd") or 0)

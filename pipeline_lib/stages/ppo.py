@@ -49,9 +49,7 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
     facts = {"dtype": str(dtype), "template_sha256": encoder.chat.template_sha256, "rows": len(prompts)}
     stage.write_facts(context.workdir, facts)
     names = ("score", "ref_kl_nats", "kl_coef", "response_tokens", "finished_frac")
-    return StageOutput(
-        "model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names}
-    )
+    return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})
 
 
 def _prompts(encoder: Encoder, records: list[Record]) -> list[Tree]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.registry import PluginSpec
@@ -14,15 +14,16 @@ from pipeline_lib.training.settings import TrainingSettings
 VERSION = 1
 
 
-def _known_loss(spec: PluginSpec) -> PluginSpec:
-    PREFERENCE_LOSSES.build(spec)
-    return spec
+def _complete(spec: PluginSpec) -> PluginSpec:
+    """Check the loss and write its defaults out, so that the stage key sees them."""
+    plugin: BaseModel = PREFERENCE_LOSSES.build(spec)
+    return {"name": spec["name"], **plugin.model_dump(mode="json")}
 
 
 class PreferenceConfig(TrainingSettings):
     """Preference fine-tuning of the SFT model, which is its own reference."""
 
-    loss: Annotated[PluginSpec, AfterValidator(_known_loss)] = Field({"name": "dpo", "beta": 0.1})
+    loss: Annotated[PluginSpec, AfterValidator(_complete)] = Field({"name": "dpo"}, validate_default=True)
     """The objective and its parameters; `prefline list losses` prints them all."""
 
 
@@ -55,6 +56,4 @@ def run(config: PreferenceConfig, inputs: Inputs, context: StageContext) -> Stag
     }
     stage.write_facts(context.workdir, facts)
     names = ("loss", "accuracy_frac", "log_ratio_margin_nats")
-    return StageOutput(
-        "model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names}
-    )
+    return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})

@@ -119,10 +119,10 @@ def promote(
             directory=cache / candidate.model.id[:12] if is_winner else None,
         )  # fmt: skip
     if verdict.winner is None:
-        reasons = "; ".join(f"{c.name}: {_first_failure(c)}" for c in verdict.candidates)
+        failures = "; ".join(f"{c.name}: {_first_failure(c)}" for c in verdict.candidates)
         return Promotion(
             status="rejected", model_name=config.model_name, alias=config.alias, version=None, model=None,
-            reason=f"no candidate passed the gate: {reasons}", versions=versions,
+            reason=f"no candidate passed the gate: {failures}", versions=versions,
         )  # fmt: skip
     winner = verdict.candidate(verdict.winner)
     kill_point("promote", "after_register")
@@ -194,7 +194,7 @@ def _register(
             return found
         if directory is None:
             uri = store.uri(candidate.model)
-            return registry.register_reference(config.model_name, candidate.model.id, uri=uri, tags=tags)
+            return registry.register_reference(config.model_name, candidate.model.id, uri=uri, run_id=run_id, tags=tags)
         from pipeline_lib.models.publish import log_and_verify  # noqa: PLC0415  (torch)
 
         store.fetch(candidate.model, directory)

@@ -33,15 +33,13 @@ class ReferenceLogpsConfig(Frozen):
 
 def run(config: ReferenceLogpsConfig, inputs: Inputs, context: StageContext) -> StageOutput:
     """Score all pairs; inputs `sft_model` and `dataset`, output kind `reference_logps`."""
-    import torch  # noqa: PLC0415
-
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
-    from pipeline_lib.models.logprobs import supports_trees, token_logps  # noqa: PLC0415  (torch)
+    from pipeline_lib.models.logprobs import supports_trees  # noqa: PLC0415  (torch)
     from pipeline_lib.models.precision import default_device, resolve_dtype  # noqa: PLC0415  (torch)
+    from pipeline_lib.models.scoring import Layout, response_logps  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
     from pipeline_lib.text.chat_template import ChatTokenizer  # noqa: PLC0415  (transformers)
     from pipeline_lib.text.encode import Encoder  # noqa: PLC0415  (transformers)
-    from pipeline_lib.training.plan import Layout  # noqa: PLC0415  (torch)
 
     directory = stage.fetch_model(context, inputs["sft_model"], "sft_model")
     chat = ChatTokenizer.load(directory)
@@ -49,15 +47,10 @@ def run(config: ReferenceLogpsConfig, inputs: Inputs, context: StageContext) -> 
     trees = policy_pairs(context, inputs["dataset"], encoder)
     model = load_causal_model(directory, dtype=resolve_dtype(config.precision)).to(default_device())
     layout = Layout(supports_trees(model), chat.pad_id, config.tokens_per_batch)
-    logps: dict[str, list[float]] = {}
-    batches = layout.batches(trees)
-    for index, batch in enumerate(batches):
-        moved = batch.to(model.device)
-        with torch.no_grad():
-            logp_R = moved.sum_by_response(token_logps(model, moved).token_logp_N)
-        for place, tree in enumerate(batch.trees):
-            logps[tree.record_id] = logp_R[2 * place : 2 * place + 2].tolist()
-        context.progress((index + 1) / len(batches), f"scored {len(logps)}/{len(trees)} pairs")
+    logps = response_logps(
+        model, trees, layout,
+        on_batch=lambda done: context.progress(done / len(trees), f"scored {done}/{len(trees)} pairs"),
+    )  # fmt: skip
     (context.workdir / "logps.json").write_bytes(canonical_json(logps))
     return StageOutput("reference_logps", context.workdir, {"pairs": float(len(logps))})
 
@@ -80,7 +73,5 @@ def pairs_of(record: Record) -> list[Record]:
         for worse, other in zip(record.responses, record.ranks, strict=True):
             if rank < other:
                 key = sha256_json([record.id, better.content, worse.content])
-                pairs.append(
-                    record.model_copy(update={"id": key, "responses": (better, worse), "ranks": (1, 2)})
-                )
+                pairs.append(record.model_copy(update={"id": key, "responses": (better, worse), "ranks": (1, 2)}))
     return pairs

@@ -12,8 +12,8 @@ from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    from pipeline_lib.models.scoring import Layout
     from pipeline_lib.text.encode import Encoder
-    from pipeline_lib.training.plan import Layout
     from pipeline_lib.training.trained_model import TrainedModel
 
 VERSION = 1
@@ -67,9 +67,7 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
         },
     )
     metrics: dict[str, float | None] = dict(report)
-    return StageOutput(
-        "reward_model", context.workdir, metrics | {"last_loss": stage.tail_mean(series, "loss")}
-    )
+    return StageOutput("reward_model", context.workdir, metrics | {"last_loss": stage.tail_mean(series, "loss")})
 
 
 def _comparisons(context: StageContext, inputs: Inputs, split: Split) -> list[Record]:
@@ -85,26 +83,17 @@ def _measure(trained: TrainedModel, encoder: Encoder, layout: Layout, rows: list
     The normalisation makes the held-out responses' scores N(0, 1) (Ziegler et al. 2019, with the
     biased standard deviation): these are the texts that the policy starts out near.
     """
-    import torch  # noqa: PLC0415
+    from pipeline_lib.evaluation.stats import slope  # noqa: PLC0415  (numpy)
+    from pipeline_lib.models.scoring import response_scores  # noqa: PLC0415  (torch)
 
-    from pipeline_lib.evaluation.stats import slope  # noqa: PLC0415  (torch stage)
-    from pipeline_lib.models.heads import scores  # noqa: PLC0415
-
-    by_row: dict[str, list[float]] = {}
-    for batch in layout.batches([encoder.tree(row) for row in rows]):
-        with torch.no_grad():
-            flat = scores(trained.model, batch.to(trained.model.device)).float().tolist()
-        for tree in batch.trees:
-            by_row[tree.record_id] = [flat.pop(0) for _ in tree.response_ids]
+    by_row = response_scores(trained.model, [encoder.tree(row) for row in rows], layout)
     margins, all_scores, lengths = [], [], []
     for row in rows:
         for place, score in enumerate(by_row[row.id]):
             all_scores.append(score)
             lengths.append(float(len(row.responses[place].content.split())))
             margins += [
-                score - other
-                for other, rank in zip(by_row[row.id], row.ranks, strict=True)
-                if row.ranks[place] < rank
+                score - other for other, rank in zip(by_row[row.id], row.ranks, strict=True) if row.ranks[place] < rank
             ]
     mean = sum(all_scores) / len(all_scores)
     std = (sum((score - mean) ** 2 for score in all_scores) / len(all_scores)) ** 0.5

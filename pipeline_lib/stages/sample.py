@@ -72,9 +72,7 @@ def run(config: SampleConfig, inputs: Inputs, context: StageContext) -> StageOut
         for record, drawn in zip(chosen, samples, strict=True)
     }
     for split, records in rows.items():
-        write_records(
-            context.workdir / f"{split.value}.jsonl", (longer.get(record.id, record) for record in records)
-        )
+        write_records(context.workdir / f"{split.value}.jsonl", (longer.get(record.id, record) for record in records))
     added = sum(longer[record.id] is not record for record in chosen)
     summary = {"prompts": len(chosen), "answers_added": added, "answers_unusable": len(chosen) - added}
     (context.workdir / "summary.json").write_bytes(canonical_json(summary))

@@ -30,9 +30,7 @@ def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput
     directory = stage.fetch_model(context, inputs["base_model"], "base_model")
     encoder = stage.encoder_for(directory, config)
     records = [
-        record
-        for record in stage.read_records(context, inputs["dataset"], Split.SFT)
-        if record.kind == "demonstration"
+        record for record in stage.read_records(context, inputs["dataset"], Split.SFT) if record.kind == "demonstration"
     ]
     trees = [encoder.tree(record) for record in stage.require_rows(records, "demonstrations", Split.SFT)]
     if config.train_on == "last_assistant_turn":

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline_lib.errors import DataError
 from pipeline_lib.hashing import canonical_json
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
-from pipeline_lib.training.plan import Layout
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import TrainingSettings
 
@@ -32,7 +32,10 @@ def read_records(context: StageContext, dataset: ArtifactRef, split: Split) -> I
         yield Record.model_validate_json(line)
 
 
-def require_rows(records: list[Record], what: str, split: Split) -> list[Record]:
+RowT = TypeVar("RowT")
+
+
+def require_rows(records: list[RowT], what: str, split: Split) -> list[RowT]:
     """Refuse to go on without rows.
 
     Raises:
@@ -41,7 +44,7 @@ def require_rows(records: list[Record], what: str, split: Split) -> list[Record]
     if not records:
         raise DataError(
             f"the split {split.value!r} holds no {what}",
-            next_step=f"raise filter.split.{split.value}, or collect rows that are {what}",
+            next_step=f"raise filter.split.fractions.{split.value}, or collect rows that are {what}",
         )
     return records
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from pipeline_lib.errors import IntegrityError
+from pipeline_lib.errors import IntegrityError, StorageError
 from pipeline_lib.storage.store import ArtifactStore, FileEntry, Held
 from pipeline_lib.validation import Frozen
 
@@ -35,24 +35,27 @@ class Checkpoints:
         self.store, self.stage_key, self.lease = store, stage_key, lease
 
     def save(self, step: int, directory: Path, note: Mapping[str, Any]) -> None:
-        """Commit a directory as the checkpoint of a step: files first, manifest last."""
+        """Commit a directory as the checkpoint of a step: files first, manifest last.
+
+        Raises:
+            HeldError: The lease was lost; the checkpoint is not visible.
+        """
         files = self.store.upload_files(directory, at=lambda sha256: self._file(step, sha256))
         if self.lease is not None:
             self.lease.assert_held()
         manifest = CheckpointManifest(step=step, files=files, note=dict(note))
-        self.store.put(self._path(step), manifest.model_dump_json().encode())
-        self._forget(all_but=sorted(self._steps())[-KEPT:])
+        self.store.objects.put(self._path(step), manifest.model_dump_json().encode())
+        # One of a later step was refused when this run resumed, or it would not be at this step.
+        self._forget(all_but=sorted(each for each in self._steps() if each <= step)[-KEPT:])
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
         """Return step and note of the newest checkpoint whose files are all there and right."""
         for step in sorted(self._steps(), reverse=True):
             manifest = self._manifest(step)
-            damage = None if manifest is None else self._damage(manifest)
+            damage = "its manifest is unreadable" if manifest is None else self._damage(manifest)
             if manifest is not None and damage is None:
                 return step, manifest.note
-            logger.warning(
-                "checkpoint %d of %s is refused: %s", step, self.stage_key[:12], damage or "unreadable"
-            )
+            logger.warning("checkpoint %d of stage %s is refused: %s", step, self.stage_key[:12], damage)
         return None
 
     def fetch(self, step: int, directory: Path) -> Path:
@@ -60,15 +63,17 @@ class Checkpoints:
 
         Raises:
             IntegrityError: There is no such checkpoint, or a file of it is damaged.
+            DiskFullError: The disk has no room for it.
         """
         manifest = self._manifest(step)
         if manifest is None:
-            raise IntegrityError(f"no checkpoint of step {step}", next_step="run the same command again")
+            raise IntegrityError(f"there is no checkpoint of step {step}", next_step="run the same command again")
         directory.mkdir(parents=True, exist_ok=True)
         for name, entry in manifest.files.items():
-            self.store.download(
-                self._file(step, entry.sha256), entry, directory / name, label=f"{name} of checkpoint {step}"
-            )
+            self.store.objects.download(
+                self._file(step, entry.sha256), directory / name,
+                sha256=entry.sha256, size_bytes=entry.size_bytes, label=f"{name} of checkpoint {step}",
+            )  # fmt: skip
         return directory
 
     def clear(self) -> None:
@@ -77,8 +82,13 @@ class Checkpoints:
 
     def _damage(self, manifest: CheckpointManifest) -> str | None:
         for name, entry in manifest.files.items():
-            if self.store.remote_sha256(self._file(manifest.step, entry.sha256)) != entry.sha256:
-                return f"{name} is missing or damaged"
+            try:
+                found = self.store.objects.sha256_of(self._file(manifest.step, entry.sha256))
+            except (IntegrityError, StorageError) as error:
+                list(self._steps())  # raises where it is the server that is gone, not the file
+                return f"{name} cannot be read ({error.cause})"
+            if found != entry.sha256:
+                return f"{name} is {'missing' if found is None else 'damaged'}"
         return None
 
     def _path(self, step: int) -> str:
@@ -89,25 +99,24 @@ class Checkpoints:
         return f"checkpoints/{self.stage_key}/{step:08d}/{sha256}"
 
     def _steps(self) -> Iterator[int]:
-        for path, _ in self.store.list(f"checkpoints/{self.stage_key}/"):
-            if path.endswith(".json"):
-                yield int(path.rsplit("/", 1)[1].removesuffix(".json"))
+        for listed in self.store.objects.list(f"checkpoints/{self.stage_key}/"):
+            name = listed.path.rsplit("/", 1)[1].removesuffix(".json")
+            if listed.path.endswith(".json") and name.isdigit():
+                yield int(name)
 
     def _manifest(self, step: int) -> CheckpointManifest | None:
-        found = self.store.get(self._path(step))
+        found = self.store.objects.get(self._path(step))
         if found is None:
             return None
         try:
-            return CheckpointManifest.model_validate_json(found[0])
-        except ValueError:
+            return CheckpointManifest.model_validate_json(found.content)
+        except ValidationError:
             return None
 
     def _forget(self, *, all_but: list[int]) -> None:
         """Delete every checkpoint but the kept ones: its manifest first, then its files."""
-        for step in set(self._steps()) - set(all_but):
-            self.store.delete(self._path(step))
         kept = {f"{step:08d}" for step in all_but}
-        for path, _ in list(self.store.list(f"checkpoints/{self.stage_key}/")):
-            folder = path.split("/")[2]
-            if "." not in folder and folder not in kept:
-                self.store.delete(path)
+        listed = [each.path for each in self.store.objects.list(f"checkpoints/{self.stage_key}/")]
+        for path in sorted(listed, key=lambda path: not path.endswith(".json")):
+            if path.split("/")[2].removesuffix(".json") not in kept:
+                self.store.objects.delete(path)

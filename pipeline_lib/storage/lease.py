@@ -7,78 +7,124 @@ a holder whose token is no longer the stored one has lost the lease and may not 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
 import time
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
 import psutil
-from botocore.exceptions import ClientError
+from pydantic import ValidationError
 
 from pipeline_lib.errors import ConflictError, HeldError, PipelineError
 from pipeline_lib.hashing import canonical_json
-from pipeline_lib.storage.s3 import MISSING_CODES, error_code, named_errors
 from pipeline_lib.storage.store import ArtifactStore
+from pipeline_lib.validation import Frozen
 
 EXPIRY_S = 60.0
-RENEW_EVERY_S = 15.0
-WAIT_FOR_ORPHAN_S = 45.0
+"""Age at which a lease that nobody renews is free."""
+RENEWALS_PER_EXPIRY = 4
+ORPHAN_GRACE_S = 45.0
 """How long to wait for a process of this machine that is about to end (its parent is gone)."""
+_LOOK_EVERY_S = 0.5
+_SAME_START_S = 30.0
+"""Start times of one process may differ by this much where the clock was set in between."""
+
+
+class Holder(Frozen):
+    """Who holds a lease, as it is stored."""
+
+    owner: str
+    host: str
+    boot: str = ""
+    """Differs between boots of a machine and between containers that share a host name."""
+    pid: int
+    parent: int = 0
+    started: float
+    """When the process started, seconds since 1970 by its machine's clock."""
+    token: int
+    released: bool = False
+    expiry_s: float = EXPIRY_S
+
+    @classmethod
+    def this_process(cls, *, owner: str, token: int, expiry_s: float) -> Holder:
+        """Describe this process as a holder."""
+        return cls(
+            owner=owner, host=socket.gethostname(), boot=_boot(), pid=os.getpid(), parent=os.getppid(),
+            started=psutil.Process().create_time(), token=token, expiry_s=expiry_s,
+        )  # fmt: skip
+
+    def state(self) -> Literal["alive", "orphan", "dead", "unknown"]:
+        """Tell what is known of the holder's process; only this machine's own can be looked at."""
+        if self.host != socket.gethostname() or self.boot != _boot():
+            return "unknown"
+        try:
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return "dead"
+            if abs(process.create_time() - self.started) > _SAME_START_S:
+                return "dead"  # another process was given the same number
+            return "alive" if process.ppid() == self.parent else "orphan"
+        except psutil.NoSuchProcess:
+            return "dead"
 
 
 class Lease:
     """A held lease; a context manager that releases it."""
 
-    def __init__(self, store: ArtifactStore, path: str, *, owner: str, token: int, etag: str) -> None:
+    def __init__(self, store: ArtifactStore, path: str, holder: Holder, etag: str) -> None:
         """Made by `acquire`."""
-        self.store, self.owner, self.token = store, owner, token
-        self._path, self._etag = path, etag
-        self._lost = False
+        self._store, self._path, self._holder, self._etag = store, path, holder, etag
+        self._is_lost = False
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._renewer = threading.Thread(target=self._renew_for_ever, name=f"lease-{owner}", daemon=True)
+        self._renewer = threading.Thread(target=self._renew_for_ever, name=f"lease-{holder.owner}", daemon=True)
         self._renewer.start()
 
     @classmethod
-    def acquire(cls, store: ArtifactStore, key: str, *, owner: str) -> Lease:
+    def acquire(cls, store: ArtifactStore, key: str, *, owner: str, expiry_s: float = EXPIRY_S) -> Lease:
         """Take the lease of a stage key.
+
+        One of a process that is known to be dead is taken at once. One of a process of which
+        nothing is known is waited for until it is renewed or expires, which is at most `expiry_s`.
+
+        Args:
+            store: The store.
+            key: What is leased: a stage key.
+            owner: The holder's name for messages.
+            expiry_s: Age at which others may take it where it is not renewed.
 
         Raises:
             HeldError: A live process holds it.
         """
-        path = f"leases/{key}.json"
-        deadline = time.monotonic() + WAIT_FOR_ORPHAN_S
+        path, waiting = f"leases/{key}.json", _Waiting()
         while True:
             found = _read(store, path)
-            token = 1 if found is None else int(found[0]["token"]) + 1
-            if found is not None and not _is_free(found[0], found[2]):
-                if _is_orphan(found[0]) and time.monotonic() < deadline:
-                    # It got SIGTERM when its parent died and is committing a checkpoint.
-                    threading.Event().wait(0.5)
-                    continue
-                raise HeldError(
-                    f"held by {found[0]['owner']} (host {found[0]['host']}, process {found[0]['pid']}), "
-                    f"renewed {found[2]:.0f} s ago",
-                    next_step=f"wait for that run, or end it; its lease ends by itself {EXPIRY_S:.0f} s after",
-                )
-            value = {
-                "owner": owner, "host": socket.gethostname(), "pid": os.getpid(),
-                "started": psutil.Process().create_time(), "token": token, "released": False,
-            }  # fmt: skip
+            if found is not None and not waiting.is_over(*found):
+                waiting.pause()
+                continue
+            token = 1 if found is None or found[0] is None else found[0].token + 1
+            holder = Holder.this_process(owner=owner, token=token, expiry_s=expiry_s)
             try:
-                etag = (
-                    store.put(path, canonical_json(value), if_none_match=True)
-                    if found is None
-                    else store.put(path, canonical_json(value), if_match=found[1])
-                )
+                if found is None:
+                    etag = store.objects.put(path, _dump(holder), if_none_match=True)
+                else:
+                    etag = store.objects.put(path, _dump(holder), if_match=found[1])
             except ConflictError:
                 continue
-            return cls(store, path, owner=owner, token=token, etag=etag)
+            return cls(store, path, holder, etag)
+
+    @property
+    def token(self) -> int:
+        """The fencing token: higher than that of every earlier holder."""
+        return self._holder.token
+
+    @property
+    def owner(self) -> str:
+        """The holder's name."""
+        return self._holder.owner
 
     def assert_held(self) -> None:
         """Check with the store that the lease is still this process's.
@@ -86,8 +132,8 @@ class Lease:
         Raises:
             HeldError: Another process took it over.
         """
-        found = _read(self.store, self._path)
-        if self._lost or found is None or int(found[0]["token"]) != self.token:
+        found = _read(self._store, self._path)
+        if self._is_lost or found is None or found[0] != self._holder:
             raise HeldError(
                 f"the lease of {self.owner} was taken over by another process",
                 next_step="nothing was committed here; the other process goes on",
@@ -97,7 +143,7 @@ class Lease:
         """Give the lease back; the token stays, so a later holder's is higher."""
         self._closed.set()
         with self._lock:
-            self._write(released=True)
+            self._write(self._holder.model_copy(update={"released": True}))
 
     def __enter__(self) -> Lease:
         """Return the lease."""
@@ -114,67 +160,78 @@ class Lease:
                 raise
 
     def _renew_for_ever(self) -> None:
-        while not self._closed.wait(RENEW_EVERY_S):
+        while not self._closed.wait(self._holder.expiry_s / RENEWALS_PER_EXPIRY):
             with self._lock:
                 if self._closed.is_set():
                     return
                 try:
-                    self._write(released=False)
+                    self._write(self._holder)
                 except PipelineError as error:
                     if not error.is_transient:
                         return
 
-    def _write(self, *, released: bool) -> None:
-        if self._lost:
+    def _write(self, holder: Holder) -> None:
+        if self._is_lost:
             return
-        value = {
-            "owner": self.owner, "host": socket.gethostname(), "pid": os.getpid(),
-            "started": psutil.Process().create_time(), "token": self.token, "released": released,
-        }  # fmt: skip
         try:
-            self._etag = self.store.put(self._path, canonical_json(value), if_match=self._etag)
+            self._etag = self._store.objects.put(self._path, _dump(holder), if_match=self._etag)
         except ConflictError:
-            self._lost = True
+            self._is_lost = True
 
 
-def _read(store: ArtifactStore, path: str) -> tuple[dict[str, Any], str, float] | None:
-    """Return a lease's value, ETag and age in seconds by the server's clock."""
-    with named_errors(store.settings, f"reading {path}"):
-        try:
-            answer = store.client.get_object(Bucket=store.settings.bucket, Key=store.settings.key(path))
-        except ClientError as error:
-            if error_code(error) in MISSING_CODES:
-                return None
-            raise
-        value = json.loads(answer["Body"].read())
-    sent = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    now = parsedate_to_datetime(sent) if sent else datetime.now(UTC)
-    return value, answer["ETag"], (now - answer["LastModified"]).total_seconds()
+class _Waiting:
+    """Decides how long a lease that is not free is worth waiting for."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._last_age_s: float | None = None
+
+    def is_over(self, holder: Holder | None, etag: str, age_s: float) -> bool:  # noqa: ARG002
+        """Tell whether the lease may be taken; an unreadable one may.
+
+        Raises:
+            HeldError: It is held by a live process.
+        """
+        if holder is None or holder.released or age_s > holder.expiry_s:
+            return True
+        state = holder.state()
+        if state == "dead":
+            return True
+        is_renewed = self._last_age_s is not None and age_s < self._last_age_s
+        self._last_age_s = age_s
+        # An orphan got SIGTERM when its parent died and is committing a checkpoint.
+        is_ending = state == "orphan" and time.monotonic() - self._since < ORPHAN_GRACE_S
+        if is_ending or (state == "unknown" and not is_renewed):
+            return False
+        raise HeldError(
+            f"held by {holder.owner} (host {holder.host}, process {holder.pid}), renewed {age_s:.0f} s ago",
+            next_step=f"wait for that run, or end it; its lease ends by itself {holder.expiry_s:.0f} s after",
+        )
+
+    def pause(self) -> None:
+        """Wait a moment before the next look."""
+        threading.Event().wait(_LOOK_EVERY_S)
 
 
-def _is_free(value: dict[str, Any], age_s: float) -> bool:
-    if value["released"] or age_s > EXPIRY_S:
-        return True
-    return bool(value["host"] == socket.gethostname()) and _process(value) is None
-
-
-def _is_orphan(value: dict[str, Any]) -> bool:
-    """Tell whether the holder is a process of this machine whose parent is gone."""
-    if value["host"] != socket.gethostname():
-        return False
-    process = _process(value)
-    return process is None or process.ppid() == 1
-
-
-def _process(value: dict[str, Any]) -> psutil.Process | None:
-    """Return the holder's process, where it lives on this machine and is the same one."""
-    try:
-        process = psutil.Process(int(value["pid"]))
-        if (
-            process.status() == psutil.STATUS_ZOMBIE
-            or abs(process.create_time() - float(value["started"])) > 1.0
-        ):
-            return None
-    except psutil.NoSuchProcess:
+def _read(store: ArtifactStore, path: str) -> tuple[Holder | None, str, float] | None:
+    """Return a lease's holder (None where it is unreadable), its ETag and age in seconds."""
+    found = store.objects.get(path)
+    if found is None:
         return None
-    return process
+    try:
+        return Holder.model_validate_json(found.content), found.etag, found.age_s
+    except ValidationError:
+        return None, found.etag, found.age_s
+
+
+def _dump(holder: Holder) -> bytes:
+    return canonical_json(holder.model_dump())
+
+
+def _boot() -> str:
+    """Return what tells one boot, and one container, of a machine from another; empty where unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""

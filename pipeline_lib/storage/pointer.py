@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline_lib.errors import ConflictError
 from pipeline_lib.hashing import canonical_json
+from pipeline_lib.storage.objects import damaged
 from pipeline_lib.storage.store import ArtifactStore
 
 
@@ -19,9 +20,21 @@ class Pointer:
         self._path = f"pointers/{name}.json"
 
     def read(self) -> tuple[dict[str, Any], str] | None:
-        """Return the value and the ETag to swap it by, or None where it was never set."""
-        found = self.store.get(self._path)
-        return None if found is None else (json.loads(found[0]), found[1])
+        """Return the value and the ETag to swap it by, or None where it was never set.
+
+        Raises:
+            IntegrityError: What is there is no JSON object.
+        """
+        found = self.store.objects.get(self._path)
+        if found is None:
+            return None
+        try:
+            value = json.loads(found.content)
+        except ValueError as error:
+            raise damaged(f"the pointer {self.name!r}", is_missing=False) from error
+        if not isinstance(value, dict):
+            raise damaged(f"the pointer {self.name!r}", is_missing=False)
+        return value, found.etag
 
     def swap(self, expected_etag: str | None, value: dict[str, Any]) -> str:
         """Set the value where nobody changed it since it was read.
@@ -39,8 +52,8 @@ class Pointer:
         content = canonical_json(value)
         try:
             if expected_etag is None:
-                return self.store.put(self._path, content, if_none_match=True)
-            return self.store.put(self._path, content, if_match=expected_etag)
+                return self.store.objects.put(self._path, content, if_none_match=True)
+            return self.store.objects.put(self._path, content, if_match=expected_etag)
         except ConflictError:
             raise ConflictError(
                 f"the pointer {self.name!r} was changed by another process",

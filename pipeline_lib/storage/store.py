@@ -8,42 +8,33 @@ sees half an artifact. Every read is checked against its sha256 before it is use
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
+import math
 import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-from botocore.exceptions import ClientError
-from pydantic import Field
+from pydantic import ValidationError
 
-from pipeline_lib.errors import (
-    ConditionalWriteError,
-    ConflictError,
-    DiskFullError,
-    IntegrityError,
-    ModelNotFoundError,
-)
-from pipeline_lib.hashing import canonical_json, sha256_bytes, sha256_file, sha256_json
+from pipeline_lib.errors import ConflictError, IntegrityError, ModelNotFoundError
+from pipeline_lib.hashing import canonical_json, sha256_bytes, sha256_file
 from pipeline_lib.schema import ArtifactRef
-from pipeline_lib.storage.s3 import (
-    MISSING_CODES,
-    S3Settings,
-    error_code,
-    named_errors,
-    open_client,
-)
-from pipeline_lib.validation import Frozen
+from pipeline_lib.storage.manifest import FileEntry, Manifest, check_relative, entry_of, installed_versions
+from pipeline_lib.storage.objects import Objects, appearing_file, damaged
+from pipeline_lib.storage.s3 import S3Settings
 
-_PACKAGES = ("prefline", "torch", "transformers", "peft", "datasets", "mlflow", "prefect", "numpy")
-_checked_endpoints: set[tuple[str | None, str]] = set()
+__all__ = ["ArtifactStore", "FileEntry", "Held", "Manifest", "blob_path"]
+
+TRUSTED_AGE_S = 12 * 3600.0
+"""A blob older than this is uploaded anew by a commit, so that `gc`, which takes orphans older than
+a day, cannot take it before the manifest names it."""
+
+BlobPath = Callable[[str], str]
+"""Where a file of a given sha256 is kept."""
 
 
 def blob_path(sha256: str) -> str:
@@ -51,52 +42,11 @@ def blob_path(sha256: str) -> str:
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
-BlobPath = Callable[[str], str]
-
-
 class Held(Protocol):
     """A lease that is checked before each visible step of a commit."""
 
     def assert_held(self) -> None:
         """Raise HeldError where the lease was lost."""
-
-
-class FileEntry(Frozen):
-    """One file of an artifact."""
-
-    sha256: str
-    size_bytes: int
-
-
-class Manifest(Frozen):
-    """What an artifact is and how it came to be. The id covers the fields up to `inputs`."""
-
-    kind: str
-    files: dict[str, FileEntry]
-    """By relative POSIX path."""
-    stage: str
-    stage_version: int
-    config: dict[str, Any]
-    inputs: dict[str, ArtifactRef]
-    created_at: str = ""
-    versions: dict[str, str] = Field(default_factory=dict)
-    metrics: dict[str, float | None] = Field(default_factory=dict)
-    measurements: dict[str, float] = Field(default_factory=dict)
-    """What differs from run to run: `wall_s`, `peak_rss_bytes`."""
-    host: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def id(self) -> str:
-        """Sha256 of the canonical content part."""
-        content = self.model_dump(
-            mode="json", include={"kind", "files", "stage", "stage_version", "config", "inputs"}
-        )
-        return sha256_json(content)
-
-    @property
-    def ref(self) -> ArtifactRef:
-        """The artifact's reference."""
-        return ArtifactRef(kind=self.kind, id=self.id)
 
 
 class ArtifactStore:
@@ -110,70 +60,20 @@ class ArtifactStore:
             cache_directory: Folder in which verified blobs are kept for the next read.
         """
         self.settings, self.cache_directory = settings, cache_directory
-        self.client = open_client(settings)
+        self.objects = Objects(settings)
+        self.client = self.objects.client
 
     def uri(self, ref: ArtifactRef) -> str:
         """Return the place of an artifact's manifest."""
-        return f"s3://{self.settings.bucket}/{self.settings.key(f'artifacts/{ref.id}/manifest.json')}"
+        return f"s3://{self.settings.bucket}/{self.settings.key(_manifest_path(ref.id))}"
 
-    # Objects: the few calls that everything else is made of.
-
-    def get(self, path: str) -> tuple[bytes, str] | None:
-        """Return an object's bytes and ETag, or None where there is none."""
-        with named_errors(self.settings, f"reading {path}"):
-            try:
-                answer = self.client.get_object(Bucket=self.settings.bucket, Key=self.settings.key(path))
-                return answer["Body"].read(), answer["ETag"]
-            except ClientError as error:
-                if error_code(error) in MISSING_CODES:
-                    return None
-                raise
-
-    def put(
-        self, path: str, content: bytes, *, if_none_match: bool = False, if_match: str | None = None
-    ) -> str:
-        """Write an object, with a condition where one is given, and return its ETag.
+    def check_conditional_writes(self) -> None:
+        """Try, once a process, whether the server honours conditional writes.
 
         Raises:
-            ConflictError: The condition does not hold.
+            ConditionalWriteError: It answers 200 to a conditional write that must fail.
         """
-        condition: dict[str, Any] = {}
-        if if_none_match:
-            condition["IfNoneMatch"] = "*"
-        if if_match is not None:
-            condition["IfMatch"] = if_match
-        with named_errors(self.settings, f"writing {path}"):
-            answer = self.client.put_object(
-                Bucket=self.settings.bucket, Key=self.settings.key(path), Body=content, **condition
-            )
-        return answer["ETag"]
-
-    def delete(self, path: str) -> None:
-        """Delete an object; one that is not there is no error."""
-        with named_errors(self.settings, f"deleting {path}"):
-            self.client.delete_object(Bucket=self.settings.bucket, Key=self.settings.key(path))
-
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Yield path and size of every object below a path."""
-        start = len(self.settings.key(""))
-        with named_errors(self.settings, f"listing {prefix}"):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.settings.bucket, Prefix=self.settings.key(prefix)
-            )
-            for page in pages:
-                for entry in page.get("Contents", []):
-                    yield entry["Key"][start:], entry["Size"]
-
-    def size_of(self, path: str) -> int | None:
-        """Return an object's size, or None where there is none."""
-        with named_errors(self.settings, f"looking at {path}"):
-            try:
-                answer = self.client.head_object(Bucket=self.settings.bucket, Key=self.settings.key(path))
-                return answer["ContentLength"]
-            except ClientError as error:
-                if error_code(error) in MISSING_CODES:
-                    return None
-                raise
+        self.objects.check_conditional_writes()
 
     # Commit.
 
@@ -193,99 +93,112 @@ class ArtifactStore:
     ) -> ArtifactRef:
         """Commit the files of a directory as an artifact; doing it again changes nothing.
 
+        Args:
+            directory: The files.
+            kind: What they are, e.g. `model`.
+            stage: The stage that made them.
+            stage_version: Its version.
+            config: Its configuration.
+            inputs: Its input artifacts by role.
+            metrics: Figures of the result; one that is not finite is stored as None.
+            measurements: What differs from run to run.
+            stage_key: The key under which the result is found again; None for none.
+            lease: Checked right before the manifest and right before the stage pointer.
+
         Raises:
             ConflictError: The stage key already has another result: the stage is not deterministic.
+            HeldError: The lease was lost; nothing of this commit is visible.
             IntegrityError: A file read back twice is not the file that was written.
         """
         manifest = Manifest(
             kind=kind, files=self.upload_files(directory), stage=stage, stage_version=stage_version,
             config=dict(config), inputs=dict(inputs), created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=_versions(), metrics=dict(metrics), measurements=dict(measurements),
+            versions=installed_versions(), metrics={name: _finite(value) for name, value in metrics.items()},
+            measurements=dict(measurements),
             host={"platform": platform.platform(), "python": platform.python_version()},
         )  # fmt: skip
-        ref = manifest.ref
         if lease is not None:
             lease.assert_held()
-        path = f"artifacts/{ref.id}/manifest.json"
-        self._put_once(path, canonical_json(manifest.model_dump(mode="json")))
+        self._put_manifest(manifest)
         if stage_key is not None:
             if lease is not None:
                 lease.assert_held()
-            self._put_once(f"stages/{stage_key}.json", canonical_json(ref.model_dump()))
-            winner = self.find(stage_key)
-            if winner is not None and winner != ref:
-                raise ConflictError(
-                    f"stage {stage} gave {ref}, an earlier run with the same key gave {winner}: it is not deterministic",
-                    next_step="the earlier result is kept; run again to go on with it",
-                )
-        return ref
+            self._put_result(stage_key, manifest.ref, stage=stage)
+        return manifest.ref
 
     def upload_files(self, directory: Path, *, at: BlobPath = blob_path) -> dict[str, FileEntry]:
-        """Upload every file of a directory that is not there yet, and read each back.
+        """Upload every file of a directory that is not there yet; all are read back.
 
         Args:
             directory: The files.
             at: Where a file of a given sha256 is kept; the shared blobs by default.
         """
         entries: dict[str, FileEntry] = {}
-        for path in sorted(file for file in directory.rglob("*") if file.is_file()):
-            entry = FileEntry(sha256=sha256_file(path), size_bytes=path.stat().st_size)
-            entries[path.relative_to(directory).as_posix()] = entry
-            if self.size_of(at(entry.sha256)) != entry.size_bytes:
-                self._upload(path, at(entry.sha256), entry)
+        for file in sorted(each for each in directory.rglob("*") if each.is_file()):
+            entry = FileEntry(sha256=sha256_file(file), size_bytes=file.stat().st_size)
+            entries[file.relative_to(directory).as_posix()] = entry
+            if not self._is_whole(at(entry.sha256), entry):
+                self.objects.upload(file, at(entry.sha256), sha256=entry.sha256)
         return entries
 
-    def _upload(self, path: Path, target: str, entry: FileEntry) -> None:
-        for _ in range(2):
-            with named_errors(self.settings, f"uploading {path.name}"):
-                self.client.upload_file(str(path), self.settings.bucket, self.settings.key(target))
-            if self.remote_sha256(target) == entry.sha256:
-                return
-        raise IntegrityError(
-            f"{path.name} read back from the store is not what was written, twice",
-            next_step="check the S3 server and the network between; nothing was committed",
-        )
+    def _is_whole(self, path: str, entry: FileEntry) -> bool:
+        """Tell whether a file is there already, recent enough to be safe from `gc`, and undamaged."""
+        head = self.objects.head(path)
+        if head is None or head.size_bytes != entry.size_bytes or head.age_s > TRUSTED_AGE_S:
+            return False
+        return self.objects.sha256_of(path) == entry.sha256
 
-    def remote_sha256(self, path: str) -> str | None:
-        """Read an object back and return its sha256, or None where there is none."""
-        digest = hashlib.sha256()
-        with named_errors(self.settings, f"reading back {path}"):
-            try:
-                body = self.client.get_object(Bucket=self.settings.bucket, Key=self.settings.key(path))[
-                    "Body"
-                ]
-            except ClientError as error:
-                if error_code(error) in MISSING_CODES:
-                    return None
-                raise
-            for chunk in body.iter_chunks(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
-
-    def _put_once(self, path: str, content: bytes) -> None:
+    def _put_manifest(self, manifest: Manifest) -> None:
+        path, content = _manifest_path(manifest.id), canonical_json(manifest.model_dump(mode="json"))
         try:
-            self.put(path, content, if_none_match=True)
+            self.objects.put(path, content, if_none_match=True)
         except ConflictError:
-            return
+            try:
+                self.manifest(manifest.ref)
+            except IntegrityError:
+                self.objects.put(path, content)  # the one that was there is damaged, this one is right
+
+    def _put_result(self, stage_key: str, ref: ArtifactRef, *, stage: str) -> None:
+        try:
+            self.objects.put(_stage_path(stage_key), canonical_json(ref.model_dump()), if_none_match=True)
+        except ConflictError:
+            earlier = self.result_of(stage_key)
+            if earlier != ref:
+                raise ConflictError(
+                    f"stage {stage} gave {ref}, an earlier run with the same key gave {earlier}: "
+                    "it is not deterministic",
+                    next_step="the earlier result is kept; run again to go on with it",
+                ) from None
 
     # Read.
 
+    def result_of(self, stage_key: str) -> ArtifactRef | None:
+        """Return the artifact that a stage key names, unchecked.
+
+        Raises:
+            IntegrityError: The name itself cannot be read.
+        """
+        found = self.objects.get(_stage_path(stage_key))
+        if found is None:
+            return None
+        try:
+            return ArtifactRef.model_validate_json(found.content)
+        except ValidationError as error:
+            raise damaged(_stage_path(stage_key), is_missing=False) from error
+
     def find(self, stage_key: str) -> ArtifactRef | None:
-        """Return the result of a stage, where it is whole.
+        """Return the result of a stage, where there is one and all its files are there.
 
         Raises:
             IntegrityError: The result is named, but a file of it is missing or has another size.
         """
-        found = self.get(f"stages/{stage_key}.json")
-        if found is None:
+        ref = self.result_of(stage_key)
+        if ref is None:
             return None
-        ref = ArtifactRef.model_validate_json(found[0])
         for name, entry in self.manifest(ref).files.items():
-            if self.size_of(blob_path(entry.sha256)) != entry.size_bytes:
-                raise IntegrityError(
-                    f"{name} of artifact {ref} is missing from the store or cut short",
-                    next_step="run `prefline fsck --repair`: it forgets the damaged result, and the stage runs again",
-                )
+            head = self.objects.head(blob_path(entry.sha256))
+            if head is None or head.size_bytes != entry.size_bytes:
+                raise damaged(f"{name} of artifact {ref}", is_missing=head is None)
         return ref
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
@@ -294,40 +207,53 @@ class ArtifactStore:
         Raises:
             IntegrityError: It is not there, or not the one that the id names.
         """
-        found = self.get(f"artifacts/{ref.id}/manifest.json")
+        found = self.objects.get(_manifest_path(ref.id))
         if found is None:
-            raise IntegrityError(f"artifact {ref} has no manifest", next_step="run `prefline fsck`")
-        manifest = Manifest.model_validate_json(found[0])
-        if manifest.id != ref.id:
-            raise IntegrityError(f"the manifest of {ref} was altered", next_step="run `prefline fsck`")
+            raise damaged(f"the manifest of artifact {ref}", is_missing=True)
+        try:
+            manifest = Manifest.model_validate_json(found.content)
+        except ValidationError as error:
+            raise damaged(f"the manifest of artifact {ref}", is_missing=False) from error
+        if manifest.ref != ref:
+            raise damaged(f"the manifest of artifact {ref}", is_missing=False)
         return manifest
 
     def list_artifacts(self) -> Iterator[ArtifactRef]:
         """Yield every committed artifact."""
-        for path, _ in self.list("artifacts/"):
-            raw = self.get(path)
-            if raw is not None:
-                yield ArtifactRef(kind=json.loads(raw[0])["kind"], id=path.split("/")[1])
+        for listed in self.objects.list("artifacts/"):
+            found = self.objects.get(listed.path)
+            if found is not None:
+                yield ArtifactRef(kind=json.loads(found.content)["kind"], id=listed.path.split("/")[1])
 
     def open_bytes(self, ref: ArtifactRef, path: str) -> bytes:
         """Return a file of an artifact, checked against its sha256."""
-        if self.cache_directory is None:
-            return self._download_bytes(ref, path)
-        entry = entry_of(self.manifest(ref).files, ref, path)
-        return self._cached(entry, label=f"{path} of artifact {ref}").read_bytes()
+        entry, label = self._entry(ref, path), f"{path} of artifact {ref}"
+        if self.cache_directory is not None:
+            return self._cached(entry, label=label).read_bytes()
+        found = self.objects.get(blob_path(entry.sha256))
+        if found is None or sha256_bytes(found.content) != entry.sha256:
+            raise damaged(label, is_missing=found is None)
+        return found.content
 
     def read_json(self, ref: ArtifactRef, path: str) -> Any:
         """Return a JSON file of an artifact."""
         return json.loads(self.open_bytes(ref, path))
 
     def read_lines(self, ref: ArtifactRef, path: str) -> Iterator[bytes]:
-        """Yield the lines of a file of an artifact, without their ends."""
-        for line in self.open_bytes(ref, path).split(b"\n"):
-            if line:
-                yield line
+        """Yield the lines of a file of an artifact that are not empty, without their ends."""
+        if self.cache_directory is None:
+            yield from (line for line in self.open_bytes(ref, path).split(b"\n") if line)
+            return
+        with self._cached(self._entry(ref, path), label=f"{path} of artifact {ref}").open("rb") as file:
+            yield from (line for line in (raw.rstrip(b"\n") for raw in file) if line)
 
-    def fetch(self, ref: ArtifactRef, directory: Path, *, paths: list[str] | None = None) -> Path:
-        """Write an artifact's verified files into a directory.
+    def fetch(self, ref: ArtifactRef, directory: Path, *, paths: Sequence[str] | None = None) -> Path:
+        """Write an artifact's verified files into a directory: links into the cache where there is one.
+
+        Args:
+            ref: The artifact.
+            directory: Where to; it is made.
+            paths: Only these files; all by default.
 
         Raises:
             IntegrityError: A file is missing or is not what the manifest promises.
@@ -335,141 +261,84 @@ class ArtifactStore:
         """
         files = self.manifest(ref).files
         for name in paths if paths is not None else files:
-            self.fetch_blob(entry_of(files, ref, name), directory / name, label=f"{name} of artifact {ref}")
+            entry, label = entry_of(files, ref, name), f"{name} of artifact {ref}"
+            target = directory / name
+            if self.cache_directory is None:
+                self._download(entry, target, label=label)
+            else:
+                _link(self._cached(entry, label=label), target, label=label)
+        directory.mkdir(parents=True, exist_ok=True)  # where there was no file at all
         return directory
 
-    def fetch_blob(self, entry: FileEntry, target: Path, *, label: str) -> None:
-        """Write one verified blob to a path: out of the cache by a link, else downloaded."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
+    def cached_file(self, sha256: str) -> Path | None:
+        """Return the cache's copy of a blob, where there is one and its sha256 is right."""
         if self.cache_directory is None:
-            self.download(blob_path(entry.sha256), entry, target, label=label)
-            return
-        cached = self._cached(entry, label=label)
-        try:
-            os.link(cached, target)
-        except OSError:  # another file system
-            shutil.copyfile(cached, target)
+            return None
+        cached = self.cache_directory / sha256[:2] / sha256
+        return cached if cached.is_file() and sha256_file(cached) == sha256 else None
+
+    def download_prefix(self, uri: str, directory: Path) -> Path:
+        """Download every object below an `s3://bucket/prefix` into a directory (a base model's folder).
+
+        Raises:
+            ModelNotFoundError: There is nothing.
+            IntegrityError: A key would lead out of the directory.
+        """
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        settings = self.settings.model_copy(update={"bucket": bucket, "prefix": prefix.strip("/")})
+        source = Objects(settings)
+        sizes = {each.path: each.size_bytes for each in source.list("") if not each.path.endswith("/")}
+        if not sizes:
+            raise ModelNotFoundError(f"there is nothing at {uri}", next_step="check model.source")
+        for name, size_bytes in sizes.items():
+            try:
+                check_relative(name)
+            except ValueError as error:
+                raise IntegrityError(f"{uri}: {error}", next_step="rename the object") from error
+            source.download(name, directory / name, sha256=None, size_bytes=size_bytes, label=f"{name} of {uri}")
+        return directory
+
+    def _entry(self, ref: ArtifactRef, path: str) -> FileEntry:
+        return entry_of(self.manifest(ref).files, ref, path)
 
     def _cached(self, entry: FileEntry, *, label: str) -> Path:
         """Return a verified blob in the cache, downloaded where it is not there."""
         assert self.cache_directory is not None
-        cached = self.cache_directory / entry.sha256[:2] / entry.sha256
-        if not (cached.is_file() and sha256_file(cached) == entry.sha256):
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            self.download(blob_path(entry.sha256), entry, cached, label=label)
-        return cached
+        found = self.cached_file(entry.sha256)
+        if found is None:
+            found = self.cache_directory / entry.sha256[:2] / entry.sha256
+            self._download(entry, found, label=label)
+        return found
 
-    def _download_bytes(self, ref: ArtifactRef, path: str) -> bytes:
-        entry = entry_of(self.manifest(ref).files, ref, path)
-        found = self.get(blob_path(entry.sha256))
-        if found is None or sha256_bytes(found[0]) != entry.sha256:
-            raise _damaged(f"{path} of artifact {ref}", missing=found is None)
-        return found[0]
-
-    def download(self, path: str, entry: FileEntry, target: Path, *, label: str) -> None:
-        """Stream an object to a temporary file beside the target, check its sha256, and rename it."""
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".download-")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file, named_errors(self.settings, f"downloading {label}"):
-                try:
-                    body = self.client.get_object(Bucket=self.settings.bucket, Key=self.settings.key(path))[
-                        "Body"
-                    ]
-                except ClientError as error:
-                    if error_code(error) in MISSING_CODES:
-                        raise _damaged(label, missing=True) from error
-                    raise
-                for chunk in body.iter_chunks(1 << 20):
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            if sha256_file(temporary) != entry.sha256:
-                raise _damaged(label, missing=False)
-            temporary.replace(target)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(target.parent).free
-                raise DiskFullError(
-                    f"no room for {label} in {target.parent}: needs {entry.size_bytes:,} bytes, {free:,} are free",
-                    next_step="free some space and run the same command again",
-                ) from error
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def download_prefix(self, uri: str, directory: Path) -> Path:
-        """Download every object below an `s3://bucket/prefix` into a directory (a base model's folder)."""
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        other = self.settings.model_copy(update={"bucket": bucket, "prefix": ""})
-        source = ArtifactStore(other)
-        count = 0
-        for path, _ in source.list(prefix.rstrip("/") + "/"):
-            target = directory / path.removeprefix(prefix.rstrip("/") + "/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with named_errors(other, f"downloading {path}"):
-                source.client.download_file(bucket, path, str(target))
-            count += 1
-        if count == 0:
-            raise ModelNotFoundError(f"there is nothing at {uri}", next_step="check model.source")
-        return directory
-
-    def check_conditional_writes(self) -> None:
-        """Try once whether the server honours conditional writes.
-
-        Raises:
-            ConditionalWriteError: It answers 200 to a conditional write that must fail.
-        """
-        place = (self.settings.endpoint_url, self.settings.bucket)
-        if place in _checked_endpoints:
-            return
-        path = f"probes/{os.getpid()}-{os.urandom(6).hex()}"
-        etag = self.put(path, b"1")
-        try:
-            for condition in ({"if_none_match": True}, {"if_match": '"0123456789abcdef0123456789abcdef"'}):
-                try:
-                    self.put(path, b"2", **condition)  # type: ignore[arg-type]
-                except ConflictError:
-                    continue
-                raise ConditionalWriteError(
-                    f"the S3 server {self.settings.endpoint_url} accepts a conditional write that must fail",
-                    next_step="use a server with conditional writes (Amazon S3, SeaweedFS, MinIO), "
-                    "or leave PREFLINE_S3_ENDPOINT unset for the embedded one",
-                )
-            self.put(path, b"3", if_match=etag)
-        finally:
-            self.delete(path)
-        _checked_endpoints.add(place)
-
-
-def entry_of(files: Mapping[str, FileEntry], ref: ArtifactRef, path: str) -> FileEntry:
-    """Return the entry of a file.
-
-    Raises:
-        IntegrityError: The artifact has no such file.
-    """
-    if path not in files:
-        raise IntegrityError(
-            f"artifact {ref} has no file {path!r}",
-            next_step="its stage made another version's files: run it again",
+    def _download(self, entry: FileEntry, target: Path, *, label: str) -> None:
+        self.objects.download(
+            blob_path(entry.sha256), target, sha256=entry.sha256, size_bytes=entry.size_bytes, label=label
         )
-    return files[path]
 
 
-def _damaged(label: str, *, missing: bool) -> IntegrityError:
-    what = "is missing from the store" if missing else "is not what its manifest promises (sha256 differs)"
-    return IntegrityError(
-        f"{label} {what}",
-        next_step="run `prefline fsck --repair`, then the same command: the stage runs again",
-    )
+def _link(source: Path, target: Path, *, label: str) -> None:
+    """Put a file at a second place: a link, or a copy on another file system."""
+    if target.exists() and target.samefile(source):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with (
+            source.open("rb") as content,
+            appearing_file(target, label=label, needed_bytes=source.stat().st_size) as file,
+        ):
+            shutil.copyfileobj(content, file)
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def _manifest_path(artifact_id: str) -> str:
+    return f"artifacts/{artifact_id}/manifest.json"
+
+
+def _stage_path(stage_key: str) -> str:
+    return f"stages/{stage_key}.json"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

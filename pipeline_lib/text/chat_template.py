@@ -78,9 +78,7 @@ class ChatTokenizer:
         """Render a dialogue as the text the model sees."""
         turns: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in messages]
         return str(
-            self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
 
     def ids(self, text: str) -> list[int]:

@@ -4,9 +4,10 @@ Legend: P positions of a batch (rows x columns, flat), N counted tokens, R respo
 columns.
 
 A packed batch is one row that holds many trees. A position attends to the positions before it of
-its own tree that are prompt or of its own response. Positions restart at 0 with every prompt, and
-each response goes on from the end of its prompt, so rotary embeddings are those of the unpacked
-text. The padded form holds one (prompt, response) a row and serves every model.
+its own tree that are prompt or of its own response. What all prompts of a batch begin with (a
+system turn) is a trunk that stands there once and is seen by all. Positions count from 0 in every
+prompt, and each response goes on from the end of its prompt, so rotary embeddings are those of the
+unpacked text. The padded form holds one (prompt, response) a row and serves every model.
 
 A counted token is predicted from the position before it: `source_N` says which position that is
 (the last prompt position for a response's first token, shared by all K responses).
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.text.encode import Tree
+
+_TRUNK = -1
+"""Tree number of the tokens that all trees of a batch share."""
 
 
 @dataclass(frozen=True)
@@ -96,28 +100,47 @@ def bins(trees: Sequence[Tree], *, token_budget: int) -> list[list[int]]:
     return [sorted(members) for _, members in filled]
 
 
+def trunk_length(trees: Sequence[Tree]) -> int:
+    """Return how many first prompt tokens all trees share and none counts.
+
+    Every prompt keeps at least one token of its own, from which its responses are predicted.
+    """
+    if len(trees) < 2:
+        return 0
+    length = 0
+    for column in zip(*(tree.prompt_ids[:-1] for tree in trees), strict=False):
+        if len(set(column)) > 1:
+            break
+        length += 1
+    first_counted = min((tree.prompt_counts.index(True) for tree in trees if any(tree.prompt_counts)), default=length)
+    return min(length, first_counted)
+
+
 def pack(trees: Sequence[Tree]) -> TreeBatch:
-    """Pack trees into one row (see the module's text)."""
-    ids: list[int] = []
-    positions: list[int] = []
-    tree_of: list[int] = []
-    branch_of: list[int] = []  # 0 for the prompt, else 1 + the response's index in its tree
+    """Pack trees into one row; what all prompts begin with stands there once (see the module's text)."""
+    trunk = trunk_length(trees)
+    ids = list(trees[0].prompt_ids[:trunk])
+    positions = list(range(trunk))
+    tree_of = [_TRUNK] * trunk
+    branch_of = [0] * trunk  # 0 for the prompt, else 1 + the response's index in its tree
     plan = _Counted()
     for tree_index, tree in enumerate(trees):
-        start = len(ids)
-        ids += tree.prompt_ids
-        positions += range(len(tree.prompt_ids))
-        tree_of += [tree_index] * len(tree.prompt_ids)
-        branch_of += [0] * len(tree.prompt_ids)
-        plan.add_prompt(tree, start)
+        own = tree.prompt_ids[trunk:]
+        shift = len(ids) - trunk  # flat place of a prompt token is its offset plus this, after the trunk
+        ids += own
+        positions += range(trunk, len(tree.prompt_ids))
+        tree_of += [tree_index] * len(own)
+        branch_of += [0] * len(own)
+        plan.add_prompt(tree, trunk=trunk, shift=shift)
+        last_of_prompt = len(ids) - 1
         for branch, response in enumerate(tree.response_ids):
-            plan.add_response(response, before=start + len(tree.prompt_ids) - 1, first=len(ids))
+            plan.add_response(response, before=last_of_prompt, first=len(ids))
             positions += range(len(tree.prompt_ids), len(tree.prompt_ids) + len(response))
             ids += response
             tree_of += [tree_index] * len(response)
             branch_of += [branch + 1] * len(response)
     tree_T, branch_T = torch.tensor(tree_of), torch.tensor(branch_of)
-    same_tree_TT = tree_T[:, None] == tree_T[None, :]
+    same_tree_TT = (tree_T[:, None] == tree_T[None, :]) | (tree_T[None, :] == _TRUNK)
     seen_TT = (branch_T[None, :] == 0) | (branch_T[:, None] == branch_T[None, :])
     mask_TT = (same_tree_TT & seen_TT).tril()
     return plan.batch(tuple(trees), torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None])
@@ -132,7 +155,7 @@ def pad(trees: Sequence[Tree], *, pad_id: int) -> TreeBatch:
     plan = _Counted()
     row = 0
     for tree in trees:
-        plan.add_prompt(tree, row * width)
+        plan.add_prompt(tree, trunk=0, shift=row * width)
         for ids in tree.response_ids or ((),):
             whole = (*tree.prompt_ids, *ids)
             input_ids_BT[row, : len(whole)] = torch.tensor(whole)
@@ -154,14 +177,21 @@ class _Counted:
         self.response: list[int] = []
         self.last: list[int] = []
 
-    def add_prompt(self, tree: Tree, start: int) -> None:
-        """Count the earlier assistant turns of a tree, as part of its first response."""
+    def add_prompt(self, tree: Tree, *, trunk: int, shift: int) -> None:
+        """Count the earlier assistant turns of a tree, as part of its first response.
+
+        Args:
+            tree: The tree.
+            trunk: Prompt tokens that stand at their own offset, shared with other trees.
+            shift: Added to a later prompt token's offset, gives its flat position.
+        """
         if not any(tree.prompt_counts):
             return
         assert len(tree.response_ids) == 1, "earlier turns count only where there is one response"
         for offset, (token, counts) in enumerate(zip(tree.prompt_ids, tree.prompt_counts, strict=True)):
             if counts and offset > 0:
-                self._count(start + offset - 1, token, len(self.last))
+                before = offset - 1
+                self._count(before if before < trunk else before + shift, token, len(self.last))
 
     def add_response(self, ids: tuple[int, ...], *, before: int, first: int) -> None:
         """Count every token of a response; the first is predicted from position `before`."""

@@ -66,7 +66,8 @@ def read_checkpoint(
     """Load a checkpoint into parameters and optimizer, and return the rest.
 
     Raises:
-        ResumeMismatchError: The checkpoint holds other parameters than the recipe trains.
+        ResumeMismatchError: The checkpoint holds other parameters than the recipe trains, or no
+            optimizer state.
     """
     weights = load_file(directory / "weights.safetensors")
     moments = load_file(directory / "optimizer.safetensors")
@@ -82,15 +83,16 @@ def read_checkpoint(
             for name, parameter in group.parameters.items():
                 key = f"{group.name}/{name}"
                 parameter.copy_(weights[key])
-                slots = {
-                    slot.partition("#")[2]: value
-                    for slot, value in moments.items()
-                    if slot.startswith(f"{key}#")
-                }
+                slots = {slot.partition("#")[2]: value for slot, value in moments.items() if slot.startswith(f"{key}#")}
                 for slot, value in slots.items():
-                    # AdamW's step counter stays on the CPU, its moments follow the parameter.
-                    moved = value if slot == "step" else value.to(parameter.device)
-                    optimizer.state[parameter][slot] = moved
+                    # Fused AdamW wants its step counter, too, where the parameter is.
+                    optimizer.state[parameter][slot] = value.to(parameter.device)
     state = json.loads((directory / "state.json").read_bytes())
+    without = [group.name for group in groups if not any(name.startswith(f"{group.name}/") for name in moments)]
+    if without and state["counters"]["step"] > 0:
+        raise ResumeMismatchError(
+            f"the checkpoint of step {state['counters']['step']} holds no optimizer state of {', '.join(without)}",
+            next_step="delete the checkpoint; the training then starts from the one before it, or anew",
+        )
     recipe_state = RecipeState(load_file(directory / "recipe.safetensors"), state["recipe"])
     return recipe_state, dict(state["counters"])

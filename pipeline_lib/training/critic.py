@@ -33,9 +33,7 @@ class Normalization:
 class Critic:
     """Scores whole responses and values their tokens, in normalised reward units."""
 
-    def __init__(
-        self, directory: Path, settings: TrainingSettings, normalization: Normalization, *, seed: int
-    ) -> None:
+    def __init__(self, directory: Path, settings: TrainingSettings, normalization: Normalization, *, seed: int) -> None:
         """Load a reward model's folder.
 
         Args:
@@ -60,9 +58,7 @@ class Critic:
     def group(self, *, learning_rate: float) -> ParameterGroup:
         """Return the value function's parameters."""
         trained = self.value.group("value", learning_rate=learning_rate)
-        return ParameterGroup(
-            "value", {**trained.parameters, "value_head": self.value_head_1D}, learning_rate
-        )
+        return ParameterGroup("value", {**trained.parameters, "value_head": self.value_head_1D}, learning_rate)
 
     def values(self, batch: TreeBatch) -> Tensor:
         """Value the state before each counted token, `(N,)`."""

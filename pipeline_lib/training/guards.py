@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline_lib.errors import DivergedError
 from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.recipe import ParameterGroup
 
 _FINITE_ADVICE = "lower the learning rate, or train with `precision: fp32`; look at the rows named above"
 
@@ -17,6 +18,20 @@ _FINITE_ADVICE = "lower the learning rate, or train with `precision: fp32`; look
 def _rows(batches: Sequence[TreeBatch]) -> str:
     ids = [tree.record_id[:12] for batch in batches for tree in batch.trees]
     return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+
+
+def require_trainable(groups: Sequence[ParameterGroup]) -> None:
+    """Stop before training where a model has no weight that could change.
+
+    Raises:
+        DivergedError: Naming the group.
+    """
+    for group in groups:
+        if not group.parameters:
+            raise DivergedError(
+                f"{group.name} has no trainable weight: nothing is trained",
+                next_step="check lora.target_modules, or train all weights with `lora: null`",
+            )
 
 
 def require_finite(value: float, *, what: str, step: int, batches: Sequence[TreeBatch]) -> None:
@@ -40,8 +55,7 @@ def require_gradient(norm: float, *, step: int) -> None:
     if norm == 0.0:
         raise DivergedError(
             f"the gradient is 0 at step {step}: nothing is trained",
-            next_step="check that rows have response tokens within max_response_tokens "
-            "and that something is trainable",
+            next_step="check that rows have response tokens within max_response_tokens and that something is trainable",
         )
 
 

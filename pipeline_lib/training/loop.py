@@ -23,7 +23,12 @@ from torch import nn
 from pipeline_lib.errors import InterruptedRunError
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.training.checkpoint import CheckpointStore, read_checkpoint, write_checkpoint
-from pipeline_lib.training.guards import require_finite, require_finite_weights, require_gradient
+from pipeline_lib.training.guards import (
+    require_finite,
+    require_finite_weights,
+    require_gradient,
+    require_trainable,
+)
 from pipeline_lib.training.recipe import Figure, Recipe, StopRequestedError
 from pipeline_lib.training.settings import OptimizerSettings
 
@@ -98,6 +103,7 @@ class TrainingLoop:
         self.checkpoint_every_s = checkpoint_every_s
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.groups = list(recipe.parameter_groups())
+        require_trainable(self.groups)
         self.optimizer = torch.optim.AdamW(
             [{"params": list(g.parameters.values()), "lr": g.learning_rate} for g in self.groups],
             betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay,

@@ -10,27 +10,8 @@ import torch
 
 from pipeline_lib.errors import DataError
 from pipeline_lib.hashing import derive_seed
-from pipeline_lib.models.logprobs import make_batch
 from pipeline_lib.text.encode import Tree
-from pipeline_lib.text.pack import TreeBatch, bins
 from pipeline_lib.training.settings import TrainingSettings
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How trees become the forwards of a step."""
-
-    is_packed: bool
-    """True: prompt trees in one row; False: one padded row a response."""
-    pad_id: int
-    tokens_per_batch: int
-
-    def batches(self, trees: Sequence[Tree]) -> list[TreeBatch]:
-        """Lay out the trees of a step in as few forwards as the token budget allows."""
-        return [
-            make_batch([trees[index] for index in members], packed=self.is_packed, pad_id=self.pad_id)
-            for members in bins(trees, token_budget=self.tokens_per_batch)
-        ]
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,7 @@ class TrainedModel:
         save_model(whole, directory, dtype=dtype, tokenizer_from=self.directory)
 
 
-def prepare(
-    model: PreTrainedModel, directory: Path, settings: TrainingSettings, *, seed: int
-) -> TrainedModel:
+def prepare(model: PreTrainedModel, directory: Path, settings: TrainingSettings, *, seed: int) -> TrainedModel:
     """Freeze and adapt a loaded model, or make all its weights trainable in fp32.
 
     Dropout is switched off (the N-details paper, item 13): the model stays in evaluation mode.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.plan import DataPlan, Layout
+from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import RecipeState
 
 

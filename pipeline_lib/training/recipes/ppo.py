@@ -18,6 +18,7 @@ from pipeline_lib.hashing import derive_seed
 from pipeline_lib.losses.policy import clipped_policy_loss, clipped_value_loss
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.sampling import SamplingSettings, sample
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.rl.advantage import gae, whiten
 from pipeline_lib.rl.kl import KlController, kl_estimate
 from pipeline_lib.rl.rewards import apply_missing_eos, token_rewards
@@ -25,7 +26,7 @@ from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic
-from pipeline_lib.training.plan import DataPlan, Layout, permutation
+from pipeline_lib.training.plan import DataPlan, permutation
 from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss, StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.rollout import Rollouts, rollout_tree
@@ -170,9 +171,7 @@ class PpoRecipe:
         prompts = self.plan.rows(iteration)
 
         def on_batch(done: int) -> None:
-            self.on_text(
-                f"iteration {iteration + 1}/{self.settings.iterations}: sampled {done}/{len(prompts)}"
-            )
+            self.on_text(f"iteration {iteration + 1}/{self.settings.iterations}: sampled {done}/{len(prompts)}")
             if self.should_stop():
                 raise StopRequestedError
 

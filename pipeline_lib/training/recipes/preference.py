@@ -13,8 +13,9 @@ import torch
 from pipeline_lib.errors import DivergedError
 from pipeline_lib.losses.preference.contract import PairLogps, PreferenceLoss
 from pipeline_lib.models.logprobs import token_logps
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.plan import DataPlan, Layout
+from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import Figure, ParameterGroup, StepLoss
 from pipeline_lib.training.recipes.offline import OfflineRows
 from pipeline_lib.training.trained_model import TrainedModel

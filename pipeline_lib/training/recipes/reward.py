@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline_lib.losses.reward import bradley_terry
 from pipeline_lib.models.heads import scores
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.plan import DataPlan, Layout
+from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import Figure, ParameterGroup, StepLoss
 from pipeline_lib.training.recipes.offline import OfflineRows
 from pipeline_lib.training.trained_model import TrainedModel
@@ -55,10 +56,7 @@ class RankedPairs:
 def num_pairs(batch: TreeBatch, ranks: Ranks) -> int:
     """Count the (better, worse) pairs of a batch."""
     return sum(
-        rank_i < rank_j
-        for tree in batch.trees
-        for rank_i in ranks[tree.record_id]
-        for rank_j in ranks[tree.record_id]
+        rank_i < rank_j for tree in batch.trees for rank_i in ranks[tree.record_id] for rank_j in ranks[tree.record_id]
     )
 
 

@@ -27,7 +27,7 @@ FILES = {"in/a.jsonl": ROWS, "in/sub/b.jsonl.gz": gzip.compress(ROWS), "in/notes
 def base(store: ArtifactStore) -> str:
     """Put the input files below the store's prefix; returns their common place."""
     for name, content in FILES.items():
-        store.put(f"input/{name}", content)
+        store.objects.put(f"input/{name}", content)
     return f"s3://{store.settings.bucket}/{store.settings.key('input')}"
 
 
@@ -61,7 +61,7 @@ def test_parquet_without_seeking(store: ArtifactStore, base: str) -> None:
     pa, pq, io = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet", "io"))
     buffer = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["a", "b"], "response": ["c", "d"]}), buffer)
-    store.put("input/rows.parquet", buffer.getvalue())
+    store.objects.put("input/rows.parquet", buffer.getvalue())
     rows = list(Parquet(path=f"{base}/rows.parquet").rows(places(store), lambda _: None))
     assert [type(row) for row in rows] == [Record] * 2
 
