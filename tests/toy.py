@@ -12,23 +12,31 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from pipeline_lib.losses.preference.dpo import Dpo
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
-from pipeline_lib.models.scoring import Layout
+from pipeline_lib.models.scoring import Layout, response_logps
 from pipeline_lib.models.settings import LoraSettings
 from pipeline_lib.models.tiny import byte_tokenizer, tiny_config
 from pipeline_lib.schema import Message, Origin, Record, Response
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
+from pipeline_lib.training.critic import Critic, Normalization
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop
+from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import Recipe
-from pipeline_lib.training.settings import OptimizerSettings, TrainingSettings
+from pipeline_lib.training.recipes.ppo import PpoRecipe
+from pipeline_lib.training.recipes.preference import PreferenceRecipe
+from pipeline_lib.training.recipes.reward import RewardRecipe
+from pipeline_lib.training.recipes.sft import SftRecipe
+from pipeline_lib.training.reference import Reference
+from pipeline_lib.training.settings import OptimizerSettings, PpoSettings, TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, prepare
 
 torch.set_num_threads(1)  # models this small only lose by more, the more so on a busy machine
 
 ORIGIN = Origin(source="toy", place="toy.jsonl", line=7)
-LORA = LoraSettings(rank=4, alpha=8.0)
+LORA = LoraSettings(rank=4, alpha=8)
 
 
 def byte_ids(text: str) -> list[int]:
@@ -111,6 +119,36 @@ def reward_model_of(directory: Path, chosen: TrainingSettings) -> TrainedModel:
     return trained
 
 
+def write_reward_model(base: Path, directory: Path) -> Path:
+    """Write a reward model on a folder's backbone, with its random head fixed."""
+    model = load_scalar_model(base, dtype=torch.float32)
+    init_head(model, seed=1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def ppo_settings(**changes: Any) -> PpoSettings:
+    """Settings of a PPO of seconds."""
+    values = settings().model_dump() | {
+        "batch_size": 6, "iterations": 2, "minibatches": 2, "ppo_epochs": 2, "max_new_tokens": 8,
+        "optimizer": OptimizerSettings(learning_rate=1e-3, schedule="constant", warmup_frac=0.0),
+    }  # fmt: skip
+    return PpoSettings.model_validate(values | changes)
+
+
+PPO_PROMPTS = [encoder().tree(record(text)) for text in ("a", "what?", "tell me", "why", "hello you", "x", "and", "?")]
+
+
+def ppo_recipe(directory: Path, reward_directory: Path, chosen: PpoSettings, *, world: World, **how: Any) -> PpoRecipe:
+    """PPO from the tiny policy of a folder against a reward model, without normalisation."""
+    policy = policy_of(directory, chosen)
+    critic = Critic(reward_directory, chosen, Normalization(gain=2.0, bias=0.5), seed=chosen.seed + 1)
+    return PpoRecipe(
+        policy, Reference.of(policy), critic, PPO_PROMPTS, settings=chosen, layout=layout(**how), chat=chat(),
+        should_stop=lambda: world.should_stop(), on_text=world.texts.append,
+    )  # fmt: skip
+
+
 def layout(*, tokens_per_batch: int = 4096, is_packed: bool = True) -> Layout:
     """A layout for the tiny model."""
     return Layout(is_packed, chat().pad_id, tokens_per_batch)
@@ -180,3 +218,37 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference between two sets of weights."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+ANSWERS = ["a", "bb, and more", "c", "dddd", "e e e e e e e", "f", "gg", "hhh hhh hhh"]
+DEMONSTRATIONS = [encoder().tree(record(f"question {n}", text)) for n, text in enumerate(ANSWERS)]
+COMPARISONS = [record(f"question {n}", text, text[::-1] + "?", "no") for n, text in enumerate(ANSWERS)]
+PAIRS = [encoder().tree(record(f"question {n}", text, "no" * (n + 1))) for n, text in enumerate(ANSWERS)]
+
+
+def sft_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> SftRecipe:
+    """SFT on the demonstrations."""
+    return SftRecipe(policy_of(directory, chosen), DataPlan.of(DEMONSTRATIONS, chosen), layout(**how))
+
+
+def reward_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> RewardRecipe:
+    """A reward model on the comparisons, some with ties."""
+    trees = [encoder().tree(row) for row in COMPARISONS]
+    ranks = {row.id: (1, 2, 2) if n % 2 else (1, 2, 3) for n, row in enumerate(COMPARISONS)}
+    return RewardRecipe(
+        reward_model_of(directory, chosen), DataPlan.of(trees, chosen), layout(**how), ranks=ranks, centring=0.01
+    )
+
+
+def dpo_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> PreferenceRecipe:
+    """DPO on the pairs, against the policy as it starts."""
+    policy = policy_of(directory, chosen)
+    logps = response_logps(policy.model, PAIRS, layout())
+    return PreferenceRecipe(
+        policy, DataPlan.of(PAIRS, chosen), layout(**how), objective=Dpo(beta=0.5),
+        reference={name: tuple(row) for name, row in logps.items()},
+    )  # fmt: skip
+
+
+RECIPES = {"sft": sft_recipe, "reward": reward_recipe, "dpo": dpo_recipe}
+"""The offline recipes on the rows above, by name."""

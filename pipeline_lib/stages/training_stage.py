@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from pipeline_lib.hashing import canonical_json
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.stages.contract import StageContext
+from pipeline_lib.stages.faults import kill_point
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
@@ -67,10 +68,13 @@ def train(
     Returns:
         Every step's figures, under names without prefix.
     """
+
+    def on_step(step: int, figures: Mapping[str, float]) -> None:
+        context.events.metrics(step, {f"{metric_prefix}/{name}": value for name, value in figures.items()})
+        kill_point(metric_prefix, f"step-{step}")
+
     hooks = LoopHooks(
-        on_step=lambda step, figures: context.events.metrics(
-            step, {f"{metric_prefix}/{name}": value for name, value in figures.items()}
-        ),
+        on_step=on_step,
         on_progress=context.progress,
         should_stop=context.should_stop,
     )

@@ -68,6 +68,14 @@ class Listed(NamedTuple):
     age_s: float
 
 
+class Upload(NamedTuple):
+    """An upload in parts that has not ended."""
+
+    path: str
+    upload_id: str
+    age_s: float
+
+
 class Objects:
     """The objects below a bucket's prefix, by their paths."""
 
@@ -137,6 +145,24 @@ class Objects:
             for page in pages:
                 for entry in page.get("Contents", []):
                     yield Listed(entry["Key"][start:], entry["Size"], _age_s(page, entry["LastModified"]))
+
+    def uploads(self) -> Iterator[Upload]:
+        """Yield every upload in parts that was begun and neither ended nor given up."""
+        start = len(self.settings.key(""))
+        with named_errors(self.settings, "listing uploads"):
+            pages = self.client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.settings.bucket, Prefix=self.settings.key("")
+            )
+            for page in pages:
+                for entry in page.get("Uploads", []):
+                    yield Upload(entry["Key"][start:], entry["UploadId"], _age_s(page, entry["Initiated"]))
+
+    def give_up(self, upload: Upload) -> None:
+        """End an upload without an object."""
+        with named_errors(self.settings, f"giving up the upload of {upload.path}"):
+            self.client.abort_multipart_upload(
+                Bucket=self.settings.bucket, Key=self.settings.key(upload.path), UploadId=upload.upload_id
+            )
 
     def head(self, path: str) -> Head | None:
         """Return an object's size and age, or None where there is none."""

@@ -83,7 +83,8 @@ class PpoRecipe:
     def micro_batches(self, step: int) -> Sequence[TreeBatch]:
         """Sample where an iteration begins; return the forwards of the step's minibatch."""
         iteration, place = divmod(step, self.steps_per_iteration)
-        if place == 0:
+        # A stop between sampling and the update leaves a checkpoint with the new rollouts in it.
+        if place == 0 and self.iteration_figures.get("iteration") != iteration:
             self.rollouts = self._collect(iteration)
             self._finish_iteration(iteration, self.rollouts)
         rollouts = self._current()

@@ -110,7 +110,7 @@ def test_off_is_the_base_on_is_not_and_merged_is_on(make: type) -> None:
 
 def test_the_update_is_scaled_by_alpha_over_rank() -> None:
     model = tiny_llama()
-    wrapper = add_lora(model, LoraSettings(rank=4, alpha=6.0, target_modules=("o_proj",)), seed=1).eval()
+    wrapper = add_lora(model, LoraSettings(rank=4, alpha=6, target_modules=("o_proj",)), seed=1).eval()
     layer = model.base_model.layers[0].self_attn.o_proj
     before = layer.base_layer.weight.detach().clone()
     with torch.no_grad():

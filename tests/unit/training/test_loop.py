@@ -4,64 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from pipeline_lib.errors import DivergedError, InterruptedRunError
-from pipeline_lib.losses.preference.dpo import Dpo
 from pipeline_lib.models.logprobs import token_logps
-from pipeline_lib.models.scoring import response_logps
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch, pack
 from pipeline_lib.training.loop import learning_rate_at
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import ParameterGroup, Recipe, StepLoss
-from pipeline_lib.training.recipes.preference import PreferenceRecipe
-from pipeline_lib.training.recipes.reward import RewardRecipe
 from pipeline_lib.training.recipes.sft import SftRecipe
 from pipeline_lib.training.settings import OptimizerSettings, TrainingSettings
 from tests.toy import (
+    ANSWERS,
+    DEMONSTRATIONS,
+    RECIPES,
     World,
-    encoder,
     furthest,
     layout,
     policy_of,
-    record,
-    reward_model_of,
     settings,
+    sft_recipe,
     weights_of,
 )
-
-ANSWERS = ["a", "bb, and more", "c", "dddd", "e e e e e e e", "f", "gg", "hhh hhh hhh"]
-DEMONSTRATIONS = [encoder().tree(record(f"question {n}", text)) for n, text in enumerate(ANSWERS)]
-COMPARISONS = [record(f"question {n}", text, text[::-1] + "?", "no") for n, text in enumerate(ANSWERS)]
-PAIRS = [encoder().tree(record(f"question {n}", text, "no" * (n + 1))) for n, text in enumerate(ANSWERS)]
-
-
-def sft(directory: Path, chosen: TrainingSettings, **how: Any) -> SftRecipe:
-    return SftRecipe(policy_of(directory, chosen), DataPlan.of(DEMONSTRATIONS, chosen), layout(**how))
-
-
-def reward(directory: Path, chosen: TrainingSettings, **how: Any) -> RewardRecipe:
-    trees = [encoder().tree(row) for row in COMPARISONS]
-    ranks = {row.id: (1, 2, 2) if n % 2 else (1, 2, 3) for n, row in enumerate(COMPARISONS)}
-    return RewardRecipe(
-        reward_model_of(directory, chosen), DataPlan.of(trees, chosen), layout(**how), ranks=ranks, centring=0.01
-    )
-
-
-def dpo(directory: Path, chosen: TrainingSettings, **how: Any) -> PreferenceRecipe:
-    policy = policy_of(directory, chosen)
-    logps = response_logps(policy.model, PAIRS, layout())
-    return PreferenceRecipe(
-        policy, DataPlan.of(PAIRS, chosen), layout(**how), objective=Dpo(beta=0.5),
-        reference={name: tuple(row) for name, row in logps.items()},
-    )  # fmt: skip
-
-
-RECIPES = {"sft": sft, "reward": reward, "dpo": dpo}
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -91,7 +58,7 @@ def test_packed_and_padded_train_the_same(directory: Path, tmp_path: Path) -> No
     chosen = settings(batch_size=8, epochs=3, optimizer={"epsilon": 1e-5})
     found = []
     for is_packed in (True, False):
-        recipe = sft(directory, chosen, is_packed=is_packed)
+        recipe = sft_recipe(directory, chosen, is_packed=is_packed)
         World.at(tmp_path / str(is_packed)).loop(recipe, chosen).run()
         found.append(weights_of(recipe))
     assert furthest(*found) <= 1e-5
@@ -99,7 +66,7 @@ def test_packed_and_padded_train_the_same(directory: Path, tmp_path: Path) -> No
 
 def test_the_loss_is_the_token_mean_over_the_step(directory: Path, world: World) -> None:
     chosen = settings(batch_size=8)
-    recipe = sft(directory, chosen, tokens_per_batch=60)
+    recipe = sft_recipe(directory, chosen, tokens_per_batch=60)
     with torch.no_grad():
         nll_N = -token_logps(recipe.policy.model, pack(DEMONSTRATIONS)).token_logp_N
     series = world.loop(recipe, chosen).run()
@@ -110,7 +77,7 @@ def test_the_loss_is_the_token_mean_over_the_step(directory: Path, world: World)
 
 def test_the_series_is_complete_and_told(directory: Path, world: World) -> None:
     chosen = settings(batch_size=3, epochs=2)
-    series = world.loop(sft(directory, chosen), chosen).run()
+    series = world.loop(sft_recipe(directory, chosen), chosen).run()
     assert [row["step"] for row in series] == [0, 1, 2, 3, 4, 5]
     assert [step for step, _ in world.told] == [0, 1, 2, 3, 4, 5]
     assert all({"loss", "grad_norm_policy", "learning_rate", "tokens"} <= row.keys() for row in series)
@@ -121,7 +88,7 @@ def test_the_series_is_complete_and_told(directory: Path, world: World) -> None:
 
 def test_sft_learns(directory: Path, world: World) -> None:
     chosen = settings(batch_size=8, epochs=15, lora=None, optimizer={"learning_rate": 1e-2})
-    series = world.loop(sft(directory, chosen), chosen).run()
+    series = world.loop(sft_recipe(directory, chosen), chosen).run()
     assert series[-1]["loss"] < 0.6 * series[0]["loss"]
 
 
@@ -147,14 +114,14 @@ def test_one_step_and_no_warmup_have_the_full_rate() -> None:
 
 def test_the_schedule_is_applied(directory: Path, world: World) -> None:
     chosen = settings(batch_size=2, optimizer={"learning_rate": 0.004, "schedule": "linear", "warmup_frac": 0.5})
-    series = world.loop(sft(directory, chosen), chosen).run()
+    series = world.loop(sft_recipe(directory, chosen), chosen).run()
     assert [row["learning_rate"] for row in series] == pytest.approx([0.002, 0.004, 0.004, 0.002])
 
 
 def test_gradients_are_clipped_to_the_norm(directory: Path, world: World) -> None:
     """One AdamW step of huge epsilon is lr / epsilon times the (clipped) gradient: read it from there."""
     chosen = settings(batch_size=8, optimizer={"epsilon": 1e6, "max_grad_norm": 0.01, "learning_rate": 1.0})
-    recipe = sft(directory, chosen)
+    recipe = sft_recipe(directory, chosen)
     before = weights_of(recipe)
     (row,) = world.loop(recipe, chosen).run()
     assert row["grad_norm_policy"] > 0.1, "the norm told is the one before clipping"
@@ -199,7 +166,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(factor: float, directory:
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(directory: Path, world: World) -> None:
     chosen = settings(batch_size=8)
-    recipe = sft(directory, chosen)
+    recipe = sft_recipe(directory, chosen)
     before = weights_of(recipe)
     parameter = next(iter(recipe.parameter_groups()[0].parameters.values()))
     parameter.register_hook(lambda gradient: gradient * float("nan"))
@@ -221,7 +188,7 @@ def test_a_gradient_of_zero_later_is_no_fault(directory: Path, world: World) -> 
 
 def test_weights_that_are_not_finite_are_not_handed_on(directory: Path, world: World) -> None:
     chosen = settings(batch_size=8)
-    recipe = sft(directory, chosen)
+    recipe = sft_recipe(directory, chosen)
     name, parameter = next(iter(recipe.parameter_groups()[0].parameters.items()))
     loop = world.loop(recipe, chosen)
 
@@ -258,7 +225,7 @@ def test_a_stop_request_commits_a_checkpoint_of_the_last_whole_step(
     calls: int, step: int, directory: Path, world: World
 ) -> None:
     chosen = settings(batch_size=4, epochs=3)
-    recipe: Recipe = sft(directory, chosen, tokens_per_batch=130)
+    recipe: Recipe = sft_recipe(directory, chosen, tokens_per_batch=130)
     assert [len(recipe.micro_batches(n)) for n in range(3)] == [2, 2, 2]
     stop_after(world, calls)
     with pytest.raises(InterruptedRunError, match=f"before step {step} of 6") as caught:
@@ -270,7 +237,7 @@ def test_a_stop_request_commits_a_checkpoint_of_the_last_whole_step(
 
 def test_checkpoints_are_made_when_due_but_not_after_the_last_step(directory: Path, world: World) -> None:
     chosen = settings(batch_size=4, epochs=2)
-    world.loop(sft(directory, chosen), chosen, every_s=0.0).run()
+    world.loop(sft_recipe(directory, chosen), chosen, every_s=0.0).run()
     assert world.checkpoints.steps == [1, 2, 3]
 
 
