@@ -34,3 +34,13 @@ def settings(s3_server: S3Settings) -> S3Settings:
 def store(settings: S3Settings, tmp_path: Path) -> ArtifactStore:
     """An empty artifact store on a real server."""
     return ArtifactStore(settings, cache_directory=tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, made once: each test that needs one copies the file."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path

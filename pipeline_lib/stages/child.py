@@ -47,7 +47,9 @@ def run_in_child(job: Job, *, key: str, events: Events) -> ArtifactRef:
     context.set_forkserver_preload(_PRELOADED)
     here, there = context.Pipe(duplex=False)
     child = context.Process(
-        target=main, args=(job.model_dump_json(), there, str(log_path), dict(os.environ)), name=f"prefline-{job.stage}"
+        target=main,
+        args=(job.model_dump_json(), there, str(log_path), {**os.environ, "PREFLINE_FLOW_PID": str(os.getpid())}),
+        name=f"prefline-{job.stage}",
     )
     child.start()
     there.close()

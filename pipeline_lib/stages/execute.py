@@ -69,6 +69,7 @@ def execute(job: Job, *, store: ArtifactStore, events: Events) -> Outcome:
     key = job.key
     found = store.find(key)
     if found is not None:
+        Checkpoints(store, key).clear()  # left where a run was killed right after its commit
         return Outcome(found, is_cached=True, wall_s=time.monotonic() - started)
     if STAGES[job.stage].in_child:
         ref = run_in_child(job, key=key, events=events)

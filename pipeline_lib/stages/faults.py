@@ -8,14 +8,13 @@ import signal
 KILL_VARIABLE = "PREFLINE_KILL_AT"
 """`stage:point`, e.g. `sft:before_commit` or `ppo:step-3`."""
 FLOW_VARIABLE = "PREFLINE_KILL_FLOW"
-"""Process id of a flow that is to die first, as when a machine goes down."""
+"""Set: the flow dies first, as when a machine goes down."""
 
 
 def kill_point(stage: str, point: str) -> None:
     """End this process here where the environment asks for it; otherwise do nothing."""
     if os.environ.get(KILL_VARIABLE) != f"{stage}:{point}":
         return
-    flow = os.environ.get(FLOW_VARIABLE)
-    if flow is not None:
-        os.kill(int(flow), signal.SIGKILL)
+    if FLOW_VARIABLE in os.environ:
+        os.kill(int(os.environ["PREFLINE_FLOW_PID"]), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -56,6 +56,20 @@ class DataPlan:
         size = self.settings.batch_size
         return [self.trees[index] for index in order[place * size : (place + 1) * size]]
 
+    def full_batch(self, number: int) -> list[Tree]:
+        """Return a batch, counted from 0, that is always full.
+
+        Epochs follow one another without a gap, so every row comes equally often; where there are
+        fewer rows than a batch holds, some come twice in it.
+        """
+        size = self.settings.batch_size
+        batch: list[Tree] = []
+        while len(batch) < size:
+            epoch, place = divmod(number * size + len(batch), len(self.trees))
+            order = permutation(len(self.trees), self.settings.seed, "epoch", epoch)
+            batch += [self.trees[index] for index in order[place : place + size - len(batch)]]
+        return batch
+
 
 def permutation(size: int, seed: int, *scope: str | int) -> list[int]:
     """Return a random order of `size` indices, a function of (seed, scope)."""

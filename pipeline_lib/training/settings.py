@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline_lib.models.settings import LoraSettings, Precision
 from pipeline_lib.validation import Frozen
@@ -103,3 +103,9 @@ class PpoSettings(TrainingSettings):
     """What happens to the score of a response that did not end by itself."""
     missing_eos_value: float = -1.0
     """The score that replaces it, or what is added to it."""
+
+    @model_validator(mode="after")
+    def _minibatches_have_rollouts(self) -> Self:
+        if self.minibatches > self.batch_size:
+            raise ValueError(f"minibatches = {self.minibatches} is more than batch_size = {self.batch_size}")
+        return self

@@ -63,7 +63,9 @@ class Line:
 
     def job(self, stage: str, config: object, inputs: dict[str, ArtifactRef]) -> Job:
         dumped = config.model_dump(mode="json")  # type: ignore[attr-defined]
-        return Job(stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, checkpoint_every_s=0)
+        return Job(
+            stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, checkpoint_every_s=0
+        )
 
     def run(self, stage: str, config: object, *, kills: list[str], **inputs: ArtifactRef) -> ArtifactRef:
         job = self.job(stage, config, inputs)
@@ -121,4 +123,4 @@ def test_a_run_killed_at_a_dozen_points_ends_with_the_models_of_an_undisturbed_o
     expected = quiet.run_all({})
     assert killed.run_all(KILLS) == expected
     assert killed.killed >= 10
-    assert not list(killed.store.list_objects("checkpoints/")), "checkpoints are cleared once the stage is done"
+    assert not list(killed.store.objects.list("checkpoints/")), "checkpoints are cleared once the stage is done"

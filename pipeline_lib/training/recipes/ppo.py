@@ -59,8 +59,7 @@ class PpoRecipe:
         self.policy, self.reference, self.critic = policy, reference, critic
         self.settings, self.layout, self.chat = settings, layout, chat
         self.should_stop, self.on_text = should_stop, on_text
-        endless = settings.model_copy(update={"epochs": 1_000_000, "max_steps": settings.iterations})
-        self.plan = DataPlan.of(prompts, endless)
+        self.plan = DataPlan.of(prompts, settings)
         self.steps_per_iteration = settings.ppo_epochs * settings.minibatches
         self.num_steps = settings.iterations * self.steps_per_iteration
         self.controller = KlController(
@@ -169,7 +168,7 @@ class PpoRecipe:
         return self.rollouts
 
     def _collect(self, iteration: int) -> Rollouts:
-        prompts = self.plan.rows(iteration)
+        prompts = self.plan.full_batch(iteration)
 
         def on_batch(done: int) -> None:
             self.on_text(f"iteration {iteration + 1}/{self.settings.iterations}: sampled {done}/{len(prompts)}")

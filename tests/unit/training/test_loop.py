@@ -263,3 +263,19 @@ def test_limits_on_rows_and_steps() -> None:
     assert few.num_steps == 4
     assert few.trees == DataPlan.of(DEMONSTRATIONS, settings(max_rows=5)).trees
     assert few.trees != DataPlan.of(DEMONSTRATIONS, settings(max_rows=5, seed=9)).trees
+
+
+def test_full_batches_follow_one_another_without_a_gap() -> None:
+    chosen = settings(batch_size=6)
+    plan = DataPlan.of(DEMONSTRATIONS, chosen)
+    drawn = [name for number in range(4) for name in tree_ids(plan.full_batch(number))]
+    assert len(drawn) == 24
+    for epoch in range(3):
+        assert sorted(drawn[epoch * 8 : epoch * 8 + 8]) == sorted(tree_ids(DEMONSTRATIONS))
+    assert drawn[:8] == tree_ids([*plan.rows(0), *plan.rows(1)])
+
+
+def test_a_full_batch_of_few_rows_holds_some_twice() -> None:
+    plan = DataPlan.of(DEMONSTRATIONS[:2], settings(batch_size=5))
+    assert [len(plan.full_batch(number)) for number in range(3)] == [5, 5, 5]
+    assert set(tree_ids(plan.full_batch(0))) == set(tree_ids(DEMONSTRATIONS[:2]))

@@ -120,9 +120,9 @@ def test_ppo_stopped_inside_an_iterations_first_step_goes_on_the_same(
 
 def stopped(directory: Path, world: World, **changes: Any) -> None:
     chosen = settings(batch_size=4, epochs=3, **changes)
+    loop = world.loop(sft_recipe(directory, chosen), chosen)
+    world.should_stop = lambda: loop.progress.step >= 2
     with pytest.raises(InterruptedRunError):
-        loop = world.loop(sft_recipe(directory, chosen), chosen)
-        world.should_stop = lambda: loop.progress.step >= 2
         loop.run()
     world.should_stop = lambda: False
 
