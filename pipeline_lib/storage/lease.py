@@ -45,6 +45,8 @@ class Holder(Frozen):
     started: float
     """When the process started, seconds since 1970 by its machine's clock."""
     token: int
+    renewals: int = 0
+    """Rises with every renewal, so that each has its own ETag."""
     released: bool = False
     expiry_s: float = EXPIRY_S
 
@@ -55,6 +57,10 @@ class Holder(Frozen):
             owner=owner, host=socket.gethostname(), boot=_boot(), pid=os.getpid(), parent=os.getppid(),
             started=psutil.Process().create_time(), token=token, expiry_s=expiry_s,
         )  # fmt: skip
+
+    def is_same(self, other: Holder | None) -> bool:
+        """Tell whether two states are of one and the same holding."""
+        return other is not None and self.model_copy(update={"renewals": other.renewals}) == other
 
     def state(self) -> Literal["alive", "orphan", "dead", "unknown"]:
         """Tell what is known of the holder's process; only this machine's own can be looked at."""
@@ -77,6 +83,7 @@ class Lease:
     def __init__(self, store: ArtifactStore, path: str, holder: Holder, etag: str) -> None:
         """Made by `acquire`."""
         self._store, self._path, self._holder, self._etag = store, path, holder, etag
+        self._renewals = 0
         self._is_lost = False
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -133,7 +140,7 @@ class Lease:
             HeldError: Another process took it over.
         """
         found = _read(self._store, self._path)
-        if self._is_lost or found is None or found[0] != self._holder:
+        if self._is_lost or found is None or not self._holder.is_same(found[0]):
             raise HeldError(
                 f"the lease of {self.owner} was taken over by another process",
                 next_step="nothing was committed here; the other process goes on",
@@ -143,7 +150,7 @@ class Lease:
         """Give the lease back; the token stays, so a later holder's is higher."""
         self._closed.set()
         with self._lock:
-            self._write(self._holder.model_copy(update={"released": True}))
+            self._write(released=True)
 
     def __enter__(self) -> Lease:
         """Return the lease."""
@@ -165,14 +172,16 @@ class Lease:
                 if self._closed.is_set():
                     return
                 try:
-                    self._write(self._holder)
+                    self._write()
                 except PipelineError as error:
                     if not error.is_transient:
                         return
 
-    def _write(self, holder: Holder) -> None:
+    def _write(self, *, released: bool = False) -> None:
         if self._is_lost:
             return
+        self._renewals += 1
+        holder = self._holder.model_copy(update={"renewals": self._renewals, "released": released})
         try:
             self._etag = self._store.objects.put(self._path, _dump(holder), if_match=self._etag)
         except ConflictError:
@@ -184,9 +193,9 @@ class _Waiting:
 
     def __init__(self) -> None:
         self._since = time.monotonic()
-        self._last_age_s: float | None = None
+        self._last_etag: str | None = None
 
-    def is_over(self, holder: Holder | None, etag: str, age_s: float) -> bool:  # noqa: ARG002
+    def is_over(self, holder: Holder | None, etag: str, age_s: float) -> bool:
         """Tell whether the lease may be taken; an unreadable one may.
 
         Raises:
@@ -197,8 +206,8 @@ class _Waiting:
         state = holder.state()
         if state == "dead":
             return True
-        is_renewed = self._last_age_s is not None and age_s < self._last_age_s
-        self._last_age_s = age_s
+        is_renewed = self._last_etag not in (None, etag)
+        self._last_etag = etag
         # An orphan got SIGTERM when its parent died and is committing a checkpoint.
         is_ending = state == "orphan" and time.monotonic() - self._since < ORPHAN_GRACE_S
         if is_ending or (state == "unknown" and not is_renewed):
