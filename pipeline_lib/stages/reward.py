@@ -73,7 +73,11 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
 def _comparisons(context: StageContext, inputs: Inputs, split: Split) -> list[Record]:
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
 
-    rows = [row for row in stage.read_records(context, inputs["dataset"], split) if row.kind == "comparison"]
+    rows = [
+        row
+        for row in stage.read_records(context, inputs["dataset"], split)
+        if row.kind == "comparison" and len(set(row.ranks)) > 1  # nothing but ties has no pair
+    ]
     return stage.require_rows(rows, "comparisons", split)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from pipeline_lib.errors import DivergedError
+from pipeline_lib.errors import DataError, DivergedError
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.recipe import ParameterGroup
 
@@ -32,6 +32,25 @@ def require_trainable(groups: Sequence[ParameterGroup]) -> None:
                 f"{group.name} has no trainable weight: nothing is trained",
                 next_step="check lora.target_modules, or train all weights with `lora: null`",
             )
+
+
+def require_responses(batches: Sequence[TreeBatch]) -> None:
+    """Stop where a row's response has no token: it would silently teach nothing.
+
+    Raises:
+        DataError: Naming the rows.
+    """
+    empty = [
+        tree.record_id[:12]
+        for batch in batches
+        for tree in batch.trees
+        if not tree.response_ids or not all(tree.response_ids)
+    ]
+    if empty:
+        raise DataError(
+            f"a response has no token in {len(empty)} rows of a step: {', '.join(empty[:8])}",
+            next_step="raise max_response_tokens, or keep the filter rule `empty`",
+        )
 
 
 def require_finite(value: float, *, what: str, step: int, batches: Sequence[TreeBatch]) -> None:

@@ -27,6 +27,7 @@ from pipeline_lib.training.guards import (
     require_finite,
     require_finite_weights,
     require_gradient,
+    require_responses,
     require_trainable,
 )
 from pipeline_lib.training.recipe import Figure, Recipe, StopRequestedError
@@ -153,6 +154,7 @@ class TrainingLoop:
             slot["lr"] = group.learning_rate * factor
         device = self.accelerator.device
         batches = [batch.to(device) for batch in self.recipe.micro_batches(step)]
+        require_responses(batches)
         totals: dict[str, Figure] = {}
         loss_sum = 0.0
         for batch in batches:

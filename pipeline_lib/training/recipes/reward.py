@@ -89,4 +89,5 @@ class RewardRecipe(OfflineRows):
             "margin": Figure(float(margin_P.sum()), count),
             "score": Figure(float(score_R.detach().sum()), batch.num_responses),
         }
-        return StepLoss(loss_P.sum() / total_pairs, figures)
+        # A step of nothing but ties has no pair, and then a loss of 0.
+        return StepLoss(loss_P.sum() / max(1, total_pairs), figures)
