@@ -18,7 +18,7 @@ from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
 from pipeline_lib.models.scoring import Layout, response_logps
 from pipeline_lib.models.settings import LoraSettings
 from pipeline_lib.models.tiny import byte_tokenizer, tiny_config
-from pipeline_lib.schema import Message, Origin, Record, Response
+from pipeline_lib.schema import Message, Origin, Record, Response, Role
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.training.critic import Critic, Normalization
@@ -59,8 +59,8 @@ def encoder(*, max_prompt_tokens: int = 256, max_response_tokens: int = 64) -> E
 
 def dialogue(*turns: str) -> tuple[Message, ...]:
     """User, assistant, user, ... turns."""
-    roles = ("user", "assistant")
-    return tuple(Message(role=roles[n % 2], content=turn) for n, turn in enumerate(turns))  # type: ignore[arg-type]
+    roles: tuple[Role, Role] = ("user", "assistant")
+    return tuple(Message(role=roles[n % 2], content=turn) for n, turn in enumerate(turns))
 
 
 def record(prompt: str | tuple[Message, ...], *responses: str, ranks: tuple[int, ...] | None = None) -> Record:
@@ -205,6 +205,11 @@ class World:
         )  # fmt: skip
 
 
+def stop_before(step: int, loop: TrainingLoop) -> Callable[[], bool]:
+    """An answer to `should_stop` that lets the steps before one run."""
+    return lambda: loop.progress.step >= step
+
+
 def weights_of(recipe: Recipe) -> dict[str, Tensor]:
     """Everything that a recipe trains, copied."""
     return {
@@ -234,7 +239,7 @@ def sft_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> SftReci
 def reward_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> RewardRecipe:
     """A reward model on the comparisons, some with ties."""
     trees = [encoder().tree(row) for row in COMPARISONS]
-    ranks = {row.id: (1, 2, 2) if n % 2 else (1, 2, 3) for n, row in enumerate(COMPARISONS)}
+    ranks: dict[str, tuple[int, ...]] = {row.id: (1, 2, 2) if n % 2 else (1, 2, 3) for n, row in enumerate(COMPARISONS)}
     return RewardRecipe(
         reward_model_of(directory, chosen), DataPlan.of(trees, chosen), layout(**how), ranks=ranks, centring=0.01
     )
@@ -250,5 +255,5 @@ def dpo_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> Prefere
     )  # fmt: skip
 
 
-RECIPES = {"sft": sft_recipe, "reward": reward_recipe, "dpo": dpo_recipe}
+RECIPES: dict[str, Callable[..., Recipe]] = {"sft": sft_recipe, "reward": reward_recipe, "dpo": dpo_recipe}
 """The offline recipes on the rows above, by name."""

@@ -44,6 +44,7 @@ from tests.toy import (
     ppo_settings,
     settings,
     sft_recipe,
+    stop_before,
     weights_of,
     write_reward_model,
 )
@@ -145,7 +146,7 @@ def check_ledger(directory: Path, world: World, *, stops: Sequence[int] = (1, 3,
         recipe = sft_recipe(directory, chosen)
         made = world.loop(recipe, chosen)
         note_rows(made, recipe, ledger)
-        world.should_stop = (lambda made=made, stop=stop: made.progress.step >= stop) if stop else lambda: False
+        world.should_stop = stop_before(stop, made) if stop else lambda: False
         if stop is None:
             made.run()
         else:

@@ -110,7 +110,7 @@ def one_by_one(model: PreTrainedModel, trees: list[Tree]) -> Tensor:
 def logps_and_gradients(model: PreTrainedModel, batch: TreeBatch, weights_N: Tensor) -> tuple[Tensor, list[Tensor]]:
     model.zero_grad(set_to_none=True)
     token_logp_N = token_logps(model, batch).token_logp_N
-    (token_logp_N * weights_N).sum().backward()  # type: ignore[no-untyped-call]
+    (token_logp_N * weights_N).sum().backward()
     gradients = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
     return token_logp_N.detach(), gradients
 

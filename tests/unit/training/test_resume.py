@@ -16,7 +16,7 @@ from pipeline_lib.errors import InterruptedRunError, ResumeMismatchError
 from pipeline_lib.models.settings import LoraSettings
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import TrainingSettings
-from tests.toy import RECIPES, World, ppo_recipe, ppo_settings, settings, sft_recipe, weights_of
+from tests.toy import RECIPES, World, ppo_recipe, ppo_settings, settings, sft_recipe, stop_before, weights_of
 
 Run = tuple[dict[str, Tensor], list[dict[str, float]], Recipe]
 
@@ -40,7 +40,7 @@ def train(make: Callable[[World], Recipe], chosen: TrainingSettings, world: Worl
         loop = world.loop(recipe, chosen)
         if stop is None:
             return weights_of_after(loop.run(), recipe)
-        world.should_stop = lambda loop=loop, stop=stop: loop.progress.step >= stop
+        world.should_stop = stop_before(stop, loop)
         with pytest.raises(InterruptedRunError, match=f"before step {stop} of"):
             loop.run()
     raise AssertionError
