@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel
 
 from pipeline_lib.hashing import sha256_json
@@ -61,11 +59,7 @@ class _Stages:
         return {name: future.result() for name, future in futures.items()}
 
 
-_RUNNER: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=8)
-"""Bounds only what `runtime.max_parallel_stages` allows."""
-
-
-@flow(name="align", flow_run_name="{config.name}", persist_result=False, task_runner=_RUNNER)
+@flow(name="align", flow_run_name="{config.name}", persist_result=False)
 def align(config: RunConfig = RunConfig()) -> AlignResult:  # noqa: B008  (fills the form in Prefect's UI)
     """Align a language model with human preferences and promote it where the evidence allows.
 

@@ -30,7 +30,7 @@ def _resolve(value: Any) -> Any:
 class GateConfig(Frozen):
     """What a candidate must show."""
 
-    policy: Annotated[GatePolicy, BeforeValidator(_resolve)] = Field(
+    policy: Annotated[GatePolicy, BeforeValidator(_resolve, json_schema_input_type=str | GatePolicy)] = Field(
         default_factory=lambda: _resolve("default"), validate_default=False
     )
     """A policy, or the name of one in `configs/gates`, or the path of a YAML file."""

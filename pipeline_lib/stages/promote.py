@@ -134,7 +134,7 @@ def promote(
     reasons = {
         "promoted": f"{winner.name} passed every rule and is the best by the gate's order",
         "already_champion": f"{winner.name} is the champion already",
-        "revoked": f"{winner.name} was rolled back before; `prefline promote` moves the alias by hand",
+        "revoked": f"{winner.name} was rolled back before, so it is not promoted again",
     }
     return Promotion(
         status=status, model_name=config.model_name, alias=config.alias, version=version, model=winner.model,

@@ -104,7 +104,6 @@ def test_sigterm_ends_a_run_with_a_message_and_its_exit_code(tmp_path: Path) -> 
     ],
 )
 def test_errors_name_cause_and_next_step(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
-    arguments = [word for word in arguments]
     keep_home = arguments[0] != "show-config"
     process = start(tmp_path / "home", *arguments) if keep_home else subprocess.Popen(
         [sys.executable, "-m", "flows.cli", *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE,

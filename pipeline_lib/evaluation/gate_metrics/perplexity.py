@@ -19,10 +19,13 @@ class Perplexity(Frozen):
 
     def measure(self, evidence: Evidence, candidate: str, *, bootstrap: stats.Bootstrap) -> Interval:
         """Return the figure with its interval over prompts."""
-        rows = evidence.models[candidate]
-        mine = [[row.reference_nll_nats for row in rows], [float(row.reference_tokens) for row in rows]]
+        mine = _columns(evidence, candidate)
         if self.against is None:
             return stats.interval(mine, stats.perplexity, bootstrap)
-        others = evidence.models[self.against]
-        theirs = [[row.reference_nll_nats for row in others], [float(row.reference_tokens) for row in others]]
+        theirs = _columns(evidence, self.against)
         return stats.interval([*mine, *theirs], stats.perplexity_ratio, bootstrap)
+
+
+def _columns(evidence: Evidence, model: str) -> list[list[float | None]]:
+    rows = evidence.models[model]
+    return [[row.reference_nll_nats for row in rows], [float(row.reference_tokens) for row in rows]]

@@ -12,8 +12,8 @@ from pipeline_lib.errors import ConflictError
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.schema import ArtifactRef, CandidateVerdict, Interval, RuleResult, Verdict
 from pipeline_lib.stages.promote import (
-    Promotion,
     PromoteConfig,
+    Promotion,
     champion_pointer,
     incumbent,
     mirror_champion,
