@@ -30,7 +30,7 @@ from pipeline_lib.training.recipes.preference import PreferenceRecipe
 from pipeline_lib.training.recipes.reward import RewardRecipe
 from pipeline_lib.training.recipes.sft import SftRecipe
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.settings import OptimizerSettings, PpoSettings, TrainingSettings
+from pipeline_lib.training.settings import OfflineSettings, OptimizerSettings, PpoSettings
 from pipeline_lib.training.trained_model import TrainedModel, prepare
 
 torch.set_num_threads(1)  # models this small only lose by more, the more so on a busy machine
@@ -93,7 +93,7 @@ def sharpen(model: PreTrainedModel, factor: float) -> None:
                 parameter.mul_(factor)
 
 
-def settings(**changes: Any) -> TrainingSettings:
+def settings(**changes: Any) -> OfflineSettings:
     """Settings of a training of seconds: fp32, small adapters, a constant learning rate."""
     optimizer = {"learning_rate": 1e-3, "schedule": "constant", "warmup_frac": 0.0}
     optimizer.update(changes.pop("optimizer", {}))
@@ -101,16 +101,16 @@ def settings(**changes: Any) -> TrainingSettings:
         "batch_size": 4, "precision": "fp32", "lora": LORA, "seed": 3, "max_prompt_tokens": 256,
         "max_response_tokens": 64,
     }  # fmt: skip
-    return TrainingSettings(optimizer=OptimizerSettings(**optimizer), **(values | changes))
+    return OfflineSettings(optimizer=OptimizerSettings(**optimizer), **(values | changes))
 
 
-def policy_of(directory: Path, chosen: TrainingSettings) -> TrainedModel:
+def policy_of(directory: Path, chosen: OfflineSettings) -> TrainedModel:
     """The tiny policy of a folder, ready for training."""
     model = load_causal_model(directory, dtype=torch.float32)
     return prepare(model, directory, chosen, seed=chosen.seed)
 
 
-def reward_model_of(directory: Path, chosen: TrainingSettings) -> TrainedModel:
+def reward_model_of(directory: Path, chosen: OfflineSettings) -> TrainedModel:
     """A tiny reward model on the folder's backbone, ready for training, as the stage makes it."""
     model = load_scalar_model(directory, dtype=torch.float32)
     init_head(model, seed=1)
@@ -129,7 +129,8 @@ def write_reward_model(base: Path, directory: Path) -> Path:
 
 def ppo_settings(**changes: Any) -> PpoSettings:
     """Settings of a PPO of seconds."""
-    values = settings().model_dump() | {
+    shared = settings().model_dump(exclude={"epochs", "max_steps", "max_response_tokens"})
+    values = shared | {
         "batch_size": 6, "iterations": 2, "minibatches": 2, "ppo_epochs": 2, "max_new_tokens": 8,
         "optimizer": OptimizerSettings(learning_rate=1e-3, schedule="constant", warmup_frac=0.0),
     }  # fmt: skip
@@ -192,7 +193,7 @@ class World:
         """A world in an empty folder."""
         return cls(workdir / "work", FolderCheckpoints(workdir / "kept"))
 
-    def loop(self, recipe: Recipe, chosen: TrainingSettings, *, every_s: float = 1e9) -> TrainingLoop:
+    def loop(self, recipe: Recipe, chosen: OfflineSettings, *, every_s: float = 1e9) -> TrainingLoop:
         """A loop over a recipe in this world."""
         hooks = LoopHooks(
             on_step=lambda step, figures: self.told.append((step, dict(figures))),
@@ -231,12 +232,12 @@ COMPARISONS = [record(f"question {n}", text, text[::-1] + "?", "no") for n, text
 PAIRS = [encoder().tree(record(f"question {n}", text, "no" * (n + 1))) for n, text in enumerate(ANSWERS)]
 
 
-def sft_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> SftRecipe:
+def sft_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> SftRecipe:
     """SFT on the demonstrations."""
     return SftRecipe(policy_of(directory, chosen), DataPlan.of(DEMONSTRATIONS, chosen), layout(**how))
 
 
-def reward_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> RewardRecipe:
+def reward_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> RewardRecipe:
     """A reward model on the comparisons, some with ties."""
     trees = [encoder().tree(row) for row in COMPARISONS]
     ranks: dict[str, tuple[int, ...]] = {row.id: (1, 2, 2) if n % 2 else (1, 2, 3) for n, row in enumerate(COMPARISONS)}
@@ -245,7 +246,7 @@ def reward_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> Rewa
     )
 
 
-def dpo_recipe(directory: Path, chosen: TrainingSettings, **how: Any) -> PreferenceRecipe:
+def dpo_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> PreferenceRecipe:
     """DPO on the pairs, against the policy as it starts."""
     policy = policy_of(directory, chosen)
     logps = response_logps(policy.model, PAIRS, layout())

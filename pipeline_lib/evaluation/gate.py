@@ -97,14 +97,10 @@ def decide(
     """
     corrected = 1 - (1 - policy.bootstrap.confidence_frac) / max(1, len(candidates))
     bootstrap = policy.bootstrap.model_copy(update={"confidence_frac": corrected})
-    verdicts = tuple(
-        _judge(policy, evidence, name, model, champion, bootstrap) for name, model in candidates.items()
-    )
+    verdicts = tuple(_judge(policy, evidence, name, model, champion, bootstrap) for name, model in candidates.items())
     passed = [verdict for verdict in verdicts if verdict.is_passed and verdict.rank_value is not None]
     winner = max(passed, key=lambda verdict: verdict.rank_value or 0.0).name if passed else None
-    return Verdict(
-        candidates=verdicts, winner=winner, champion=champion, policy=policy.model_dump(mode="json")
-    )
+    return Verdict(candidates=verdicts, winner=winner, champion=champion, policy=policy.model_dump(mode="json"))
 
 
 def _judge(
@@ -131,13 +127,9 @@ def _apply(
     bootstrap: Bootstrap,
 ) -> RuleResult:
     metric: Any = GATE_METRICS.build(rule.metric)
-    empty = Interval(
-        value=None, low=None, high=None, confidence_frac=bootstrap.confidence_frac, num_examples=0
-    )
+    empty = Interval(value=None, low=None, high=None, confidence_frac=bootstrap.confidence_frac, num_examples=0)
 
-    def result(
-        estimate: Interval, status: Literal["pass", "fail", "not_applicable"], reason: str
-    ) -> RuleResult:
+    def result(estimate: Interval, status: Literal["pass", "fail", "not_applicable"], reason: str) -> RuleResult:
         return RuleResult(
             rule=rule.in_words(metric.against), metric=rule.metric["name"], against=metric.against,
             unit=metric.unit, estimate=estimate, threshold=rule.threshold, status=status, reason=reason,
@@ -153,9 +145,7 @@ def _apply(
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return result(estimate, "fail", "the figure is missing or not finite")
     if estimate.num_examples < policy.min_examples:
-        return result(
-            estimate, "fail", f"{estimate.num_examples} examples are fewer than {policy.min_examples}"
-        )
+        return result(estimate, "fail", f"{estimate.num_examples} examples are fewer than {policy.min_examples}")
     unfavourable = estimate.low if rule.at_least is not None else estimate.high
     compared = estimate.value if rule.bound == "estimate" else unfavourable
     is_met = compared >= rule.threshold if rule.at_least is not None else compared <= rule.threshold

@@ -34,9 +34,7 @@ class Bootstrap(Frozen):
     """Seed of the resampling."""
 
 
-def interval(
-    columns: Sequence[Sequence[float | None]], statistic: Statistic, bootstrap: Bootstrap
-) -> Interval:
+def interval(columns: Sequence[Sequence[float | None]], statistic: Statistic, bootstrap: Bootstrap) -> Interval:
     """Estimate a statistic of paired columns with a percentile bootstrap interval.
 
     Args:
@@ -51,9 +49,7 @@ def interval(
     """
     num = len(columns[0]) if columns else 0
     missing = any(value is None or not math.isfinite(value) for column in columns for value in column)
-    nothing = Interval(
-        value=None, low=None, high=None, confidence_frac=bootstrap.confidence_frac, num_examples=num
-    )
+    nothing = Interval(value=None, low=None, high=None, confidence_frac=bootstrap.confidence_frac, num_examples=num)
     if num == 0 or missing:
         return nothing
     table = np.array(columns, dtype=np.float64)

@@ -29,9 +29,7 @@ def bradley_terry(
     Source: Bradley and Terry 1952; Touvron et al. 2023, eq. 2.
     """
     if better_P.shape != worse_P.shape:
-        raise ValueError(
-            f"better {tuple(better_P.shape)} and worse {tuple(worse_P.shape)} must have one shape"
-        )
+        raise ValueError(f"better {tuple(better_P.shape)} and worse {tuple(worse_P.shape)} must have one shape")
     difference_P = better_P - worse_P
     if margin_P is not None:
         difference_P = difference_P - margin_P

@@ -42,11 +42,7 @@ def token_logps_from_hidden(
     Raises:
         ValueError: The shapes do not fit, or the temperature is not above 0.
     """
-    if (
-        hidden_ND.ndim != 2
-        or hidden_ND.shape[1] != head_weight_VD.shape[1]
-        or labels_N.shape != hidden_ND.shape[:1]
-    ):
+    if hidden_ND.ndim != 2 or hidden_ND.shape[1] != head_weight_VD.shape[1] or labels_N.shape != hidden_ND.shape[:1]:
         raise ValueError(
             f"hidden {tuple(hidden_ND.shape)}, head {tuple(head_weight_VD.shape)} and labels "
             f"{tuple(labels_N.shape)} must be (N, D), (V, D) and (N,)"
@@ -98,9 +94,7 @@ class _ChunkedLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N)
         ctx.chunk_tokens, ctx.temperature = chunk_tokens, temperature
         chunks = []
-        for hidden_CD, labels_C in zip(
-            hidden_ND.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True
-        ):
+        for hidden_CD, labels_C in zip(hidden_ND.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True):
             logits_CV = _logits(hidden_CD, weight_VD, bias_V, temperature)
             chosen_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
             chunks.append(chosen_C - logits_CV.logsumexp(-1))

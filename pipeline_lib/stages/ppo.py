@@ -31,7 +31,7 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
 
     directory = stage.fetch_model(context, inputs["sft_model"], "sft_model")
     reward_directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
-    encoder = stage.encoder_for(directory, config)
+    encoder = stage.encoder_for(directory, config, max_response_tokens=config.max_new_tokens)
     prompts = _prompts(encoder, list(stage.read_records(context, inputs["dataset"], Split.POLICY)))
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)

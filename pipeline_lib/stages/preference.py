@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.registry import PluginSpec
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
-from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.settings import OfflineSettings
 
 VERSION = 1
 
@@ -20,7 +20,7 @@ def _complete(spec: PluginSpec) -> PluginSpec:
     return {"name": spec["name"], **plugin.model_dump(mode="json")}
 
 
-class PreferenceConfig(TrainingSettings):
+class PreferenceConfig(OfflineSettings):
     """Preference fine-tuning of the SFT model, which is its own reference."""
 
     loss: Annotated[PluginSpec, AfterValidator(_complete)] = Field({"name": "dpo"}, validate_default=True)
@@ -37,7 +37,7 @@ def run(config: PreferenceConfig, inputs: Inputs, context: StageContext) -> Stag
     from pipeline_lib.training.trained_model import dtype_for, prepare  # noqa: PLC0415  (torch)
 
     directory = stage.fetch_model(context, inputs["sft_model"], "sft_model")
-    encoder = stage.encoder_for(directory, config)
+    encoder = stage.encoder_for(directory, config, max_response_tokens=config.max_response_tokens)
     trees = policy_pairs(context, inputs["dataset"], encoder)
     reference: dict[str, Any] = context.store.read_json(inputs["reference_logps"], "logps.json")
     dtype = dtype_for(config)

@@ -9,7 +9,7 @@ from pydantic import Field
 from pipeline_lib.hashing import canonical_json, derive_seed
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
-from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.settings import OfflineSettings
 
 if TYPE_CHECKING:
     from pipeline_lib.models.scoring import Layout
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class RewardConfig(TrainingSettings):
+class RewardConfig(OfflineSettings):
     """Reward-model training."""
 
     centring: float = Field(0.01, ge=0)
@@ -37,7 +37,7 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
     from pipeline_lib.training.trained_model import dtype_for, prepare  # noqa: PLC0415  (torch)
 
     directory = stage.fetch_model(context, inputs["sft_model"], "sft_model")
-    encoder = stage.encoder_for(directory, config)
+    encoder = stage.encoder_for(directory, config, max_response_tokens=config.max_response_tokens)
     train_rows = _comparisons(context, inputs, Split.REWARD)
     test_rows = _comparisons(context, inputs, Split.REWARD_TEST)[: config.max_test_rows]
     dtype = dtype_for(config)

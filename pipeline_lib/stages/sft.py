@@ -7,12 +7,12 @@ from typing import Literal
 
 from pipeline_lib.schema import Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
-from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.settings import OfflineSettings
 
 VERSION = 1
 
 
-class SftConfig(TrainingSettings):
+class SftConfig(OfflineSettings):
     """Supervised fine-tuning."""
 
     train_on: Literal["assistant_turns", "last_assistant_turn"] = "assistant_turns"
@@ -28,7 +28,7 @@ def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput
     from pipeline_lib.training.trained_model import dtype_for, prepare  # noqa: PLC0415  (torch)
 
     directory = stage.fetch_model(context, inputs["base_model"], "base_model")
-    encoder = stage.encoder_for(directory, config)
+    encoder = stage.encoder_for(directory, config, max_response_tokens=config.max_response_tokens)
     records = [
         record for record in stage.read_records(context, inputs["dataset"], Split.SFT) if record.kind == "demonstration"
     ]

@@ -50,9 +50,9 @@ def require_rows(records: list[RowT], what: str, split: Split) -> list[RowT]:
     return records
 
 
-def encoder_for(directory: Path, settings: TrainingSettings) -> Encoder:
+def encoder_for(directory: Path, settings: TrainingSettings, *, max_response_tokens: int) -> Encoder:
     """Return the encoder of a model folder's tokenizer with a stage's length limits."""
-    return Encoder(ChatTokenizer.load(directory), settings.max_prompt_tokens, settings.max_response_tokens)
+    return Encoder(ChatTokenizer.load(directory), settings.max_prompt_tokens, max_response_tokens)
 
 
 def layout_for(encoder: Encoder, settings: TrainingSettings, *, is_packed: bool) -> Layout:

@@ -11,7 +11,7 @@ import torch
 from pipeline_lib.errors import DataError
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.text.encode import Tree
-from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class DataPlan:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole training."""
+        assert isinstance(self.settings, OfflineSettings), "online recipes count their steps themselves"
         planned = self.steps_per_epoch * self.settings.epochs
         return planned if self.settings.max_steps is None else min(planned, self.settings.max_steps)
 

@@ -34,10 +34,6 @@ class OptimizerSettings(Frozen):
 class TrainingSettings(Frozen):
     """What every training stage has."""
 
-    epochs: int = Field(1, ge=1)
-    """Passes over the rows."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps, whatever the epochs."""
     max_rows: int | None = Field(None, ge=1)
     """Use at most this many rows, chosen by the seed."""
     batch_size: int = Field(16, ge=1)
@@ -46,8 +42,6 @@ class TrainingSettings(Frozen):
     """Tokens of one forward, at most; a step is as many forwards as its rows need."""
     max_prompt_tokens: int = Field(512, ge=8)
     """Longer prompts lose their beginning."""
-    max_response_tokens: int = Field(512, ge=4)
-    """Longer responses are cut, and then carry no end-of-turn token."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """AdamW and its schedule."""
     lora: LoraSettings | None = Field(LoraSettings(), title="LoRA adapters")
@@ -56,6 +50,17 @@ class TrainingSettings(Frozen):
     """bf16 where the processor multiplies it fast, else fp32; trained weights are always fp32."""
     seed: int = Field(0, ge=0)
     """Seed of the data order, the adapters and every sample."""
+
+
+class OfflineSettings(TrainingSettings):
+    """What training on fixed rows has besides."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever the epochs."""
+    max_response_tokens: int = Field(512, ge=4)
+    """Longer responses are cut, and then carry no end-of-turn token."""
 
 
 class PpoSettings(TrainingSettings):

@@ -25,9 +25,7 @@ class RewardModelAccuracy(Frozen):
         accuracy = evidence.reward_model.get("test_accuracy_frac")
         pairs = evidence.reward_model.get("test_pairs")
         if accuracy is None or pairs is None or not math.isfinite(accuracy) or pairs < 1:
-            return Interval(
-                value=None, low=None, high=None, confidence_frac=bootstrap.confidence_frac, num_examples=0
-            )
+            return Interval(value=None, low=None, high=None, confidence_frac=bootstrap.confidence_frac, num_examples=0)
         found = binomtest(round(accuracy * pairs), int(pairs)).proportion_ci(
             confidence_level=bootstrap.confidence_frac, method="wilson"
         )

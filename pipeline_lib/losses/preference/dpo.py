@@ -30,6 +30,4 @@ class Dpo(Frozen):
         from torch.nn.functional import logsigmoid  # noqa: PLC0415  (configuration needs no torch)
 
         scaled_B = self.beta * pairs.margin_B
-        return -(1 - self.label_smoothing) * logsigmoid(scaled_B) - self.label_smoothing * logsigmoid(
-            -scaled_B
-        )
+        return -(1 - self.label_smoothing) * logsigmoid(scaled_B) - self.label_smoothing * logsigmoid(-scaled_B)
