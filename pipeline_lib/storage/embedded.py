@@ -33,13 +33,14 @@ from pipeline_lib.storage.s3 import MISSING_CODES, S3Settings, error_code
 BUCKET = "prefline"
 START_DEADLINE_S = 40.0
 _START_ATTEMPTS = 3
+_LOOK_EVERY_S = 0.03
 _MEMORY_LIMIT = "384MiB"
 """Above it the server's garbage collector works harder; it needs about 120 MiB at rest."""
 _LOG_LIMIT_BYTES = 8 << 20
-_PORTS = (
-    "s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
-    "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc",
-)  # fmt: skip
+_SERVICES = ("s3", "master", "volume", "filer", "admin")
+_GRPC_OFFSET = 10_000
+"""Where the server's parts look for each other's gRPC: so much above the HTTP port."""
+_LOWEST_PORT = 1024
 # Nothing listens beyond loopback or phones home; all but S3, which asks for keys, is gRPC only.
 _FLAGS = (
     "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-disableHttp", "-admin.ui=false",
@@ -75,9 +76,8 @@ class EmbeddedS3:
         if self._use is None:
             self._use = hold(self.home)
         try:
-            with _locked(self.home / "s3-start.lock"):
-                if not self._find_running():
-                    self._start_anew()
+            with _locked(self._lock_file("start")):
+                self._find_or_start()
         except BaseException:
             self.stop()
             raise
@@ -120,11 +120,11 @@ class EmbeddedS3:
 
     def _client(self) -> Any:
         keys = self._keys()
-        return boto3.client(
+        return boto3.session.Session().client(
             "s3", endpoint_url=self._endpoint, region_name="us-east-1",
             aws_access_key_id=keys["access_key"], aws_secret_access_key=keys["secret_key"],
             config=Config(
-                retries={"total_max_attempts": 1}, connect_timeout=1, read_timeout=5, proxies={},
+                retries={"total_max_attempts": 1}, connect_timeout=1, read_timeout=1, proxies={},
                 s3={"addressing_style": "path"},
             ),
         )  # fmt: skip
@@ -144,27 +144,53 @@ class EmbeddedS3:
         self._endpoint = endpoint
         return _has_bucket(self._client())
 
-    def _start_anew(self) -> None:
-        ports = dict(self._state().get("ports", {}))
-        if tuple(ports) != _PORTS or not all(_is_free(port) for port in ports.values()):
-            ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-        for attempt in range(_START_ATTEMPTS):
-            self._endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    def _find_or_start(self) -> None:
+        deadline, pause = time.monotonic() + START_DEADLINE_S, threading.Event()
+        while not self._find_running():
+            if self._is_free_to_start():
+                self._start_anew()
+                return
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"the embedded S3 server of {self.home} runs but does not answer",
+                    next_step=f"end process {self._lock_file('server').read_text().strip()}, then run again",
+                )
+            pause.wait(_LOOK_EVERY_S)
+
+    def _is_free_to_start(self) -> bool:
+        """Tell whether no server works on this home's files: one may be ending, or be very busy."""
+        with self._lock_file("server").open("rb") as file:
             try:
-                pid = self._start_process(ports)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def _lock_file(self, name: str) -> Path:
+        path = self.home / f"s3-{name}.lock"
+        path.touch()
+        return path
+
+    def _start_anew(self) -> None:
+        ports: list[int] = self._state().get("ports", [])
+        if len(ports) != len(_SERVICES) or not all(_is_free(port) and _is_free(port + _GRPC_OFFSET) for port in ports):
+            ports = free_port_pairs(len(_SERVICES))
+        for attempt in range(_START_ATTEMPTS):
+            self._endpoint = f"http://127.0.0.1:{ports[0]}"
+            # Known before the server is started: should this process be killed, the next one finds it.
+            temporary = self._state_path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps({"endpoint": self._endpoint, "ports": ports}))
+            temporary.replace(self._state_path)
+            try:
+                self._start_process(ports)
+                return
             except PortTakenError:
                 if attempt == _START_ATTEMPTS - 1:
                     raise
-                ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-                continue
-            state = {"endpoint": self._endpoint, "ports": ports, "keeper_pid": pid}
-            temporary = self._state_path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(state, indent=1))
-            temporary.replace(self._state_path)
-            return
+                ports = free_port_pairs(len(_SERVICES))
 
-    def _start_process(self, ports: dict[str, int]) -> int:
-        """Start keeper and server, wait until the bucket answers, and return the keeper's process id."""
+    def _start_process(self, ports: list[int]) -> None:
+        """Start keeper and server, and wait until the bucket answers."""
         data, logs = self.home / "s3", self.home / "logs"
         data.mkdir(exist_ok=True)
         logs.mkdir(exist_ok=True)
@@ -173,8 +199,11 @@ class EmbeddedS3:
             log_path.replace(logs / "s3.log.1")
         keys = self._keys()
         command = [
-            sys.executable, "-I", "-S", keeper.__file__, str(self.home / "s3-users.lock"),
-            _weed(), "mini", f"-dir={data}", *_FLAGS, *(f"-{name}={port}" for name, port in ports.items()),
+            sys.executable, "-I", "-S", keeper.__file__,
+            str(self._lock_file("users")), str(self._lock_file("server")),
+            _weed(), "mini", f"-dir={data}", *_FLAGS,
+            *(f"-{name}.port={port}" for name, port in zip(_SERVICES, ports, strict=True)),
+            *(f"-{name}.port.grpc={port + _GRPC_OFFSET}" for name, port in zip(_SERVICES, ports, strict=True)),
         ]  # fmt: skip
         environment = {
             "PATH": os.defpath, "HOME": str(data), "GOMEMLIMIT": _MEMORY_LIMIT,
@@ -189,12 +218,11 @@ class EmbeddedS3:
         # Reaps the keeper should it end before this process, which is its parent.
         threading.Thread(target=process.wait, name="s3-keeper", daemon=True).start()
         client, deadline, pause = self._client(), time.monotonic() + START_DEADLINE_S, threading.Event()
-        while not _has_bucket(client):
+        while not (_has_bucket(client) and _keeps_objects(client)):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.terminate()
                 raise _not_started(log_path, log_path.read_bytes()[log_start:].decode(errors="replace"))
-            pause.wait(0.03)
-        return process.pid
+            pause.wait(_LOOK_EVERY_S)
 
 
 def hold(home: Path) -> IO[bytes]:
@@ -209,24 +237,25 @@ def hold(home: Path) -> IO[bytes]:
     return use
 
 
-def free_ports(count: int) -> list[int]:
-    """Return distinct free ports of loopback.
+def free_port_pairs(count: int) -> list[int]:
+    """Return distinct ports of loopback that are free, as are those 10,000 above them.
 
     Raises:
         PortTakenError: There are not so many.
     """
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    except OSError as error:
-        raise PortTakenError(
-            f"no {count} free ports on 127.0.0.1: {error}", next_step="end other servers, or run again"
-        ) from error
-    finally:
-        for each in sockets:
-            each.close()
+    found: list[int] = []
+    with contextlib.ExitStack() as taken:
+        for _ in range(100 * count):
+            if len(found) == count:
+                return found
+            upper, lower = taken.enter_context(socket.socket()), taken.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                upper.bind(("127.0.0.1", 0))
+                port = int(upper.getsockname()[1]) - _GRPC_OFFSET
+                if port >= _LOWEST_PORT:
+                    lower.bind(("127.0.0.1", port))
+                    found.append(port)
+    raise PortTakenError(f"there are no {count} free pairs of ports on 127.0.0.1", next_step="end other servers")
 
 
 def _is_free(port: int) -> bool:
@@ -253,6 +282,16 @@ def _has_bucket(client: Any) -> bool:
     return True
 
 
+def _keeps_objects(client: Any) -> bool:
+    """Tell whether an object can be written and read: the server's parts find each other last."""
+    try:
+        client.put_object(Bucket=BUCKET, Key="probes/start", Body=b"1")
+        client.get_object(Bucket=BUCKET, Key="probes/start")["Body"].read()
+    except (ClientError, BotoCoreError):
+        return False
+    return True
+
+
 def _weed() -> str:
     beside = Path(sys.executable).parent / "weed"
     found = str(beside) if beside.exists() else shutil.which("weed")
@@ -265,7 +304,7 @@ def _weed() -> str:
 
 
 def _not_started(log_path: Path, log: str) -> PortTakenError | StorageError:
-    if "address already in use" in log:
+    if "address already in use" in log or "Port allocation failed" in log:
         return PortTakenError(
             "a port of the embedded S3 server was taken while it started", next_step="run the same command again"
         )
@@ -279,7 +318,6 @@ def _not_started(log_path: Path, log: str) -> PortTakenError | StorageError:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; one starter at a time."""
-    path.touch()
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
