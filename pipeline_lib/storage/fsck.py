@@ -201,20 +201,29 @@ class _Check:
                              "run the pipeline again, or `prefline rollback`")  # fmt: skip
 
     def check_checkpoints(self) -> None:
-        """Check every checkpoint; a damaged one is a warning, as the one before it is taken instead."""
+        """Check every checkpoint; a damaged one is a warning, as the one before it is taken instead.
+
+        A repair takes its manifest away, so that no resume reads it through again.
+        """
         listed = {each.path: each.size_bytes for each in self.store.objects.list("checkpoints/")}
         for path in sorted(each for each in listed if each.endswith(".json")):
             self.num_checkpoints += 1
             found = self.store.objects.get(path)
             try:
                 files = CheckpointManifest.model_validate_json(found.content).files if found is not None else {}
+                folder = path.removesuffix(".json")
+                problems = [
+                    f"{name} {problem}" for name, entry in files.items()
+                    if (problem := self._checkpoint_damage(f"{folder}/{entry.sha256}", entry, listed)) is not None
+                ]  # fmt: skip
             except ValidationError:
-                self.add("warning", path, "its manifest is not readable", "none: the one before it is taken")
-                continue
-            for name, entry in files.items():
-                problem = self._checkpoint_damage(f"{path.removesuffix('.json')}/{entry.sha256}", entry, listed)
-                if problem is not None:
-                    self.add("warning", path, f"{name} {problem}", "none: the one before it is taken")
+                problems = ["its manifest is not readable"]
+            for problem in problems:
+                if self.repair:
+                    self.store.objects.delete(path)
+                    self.add("repaired", path, f"{problem}; it is forgotten", "none: the one before it is taken")
+                else:
+                    self.add("warning", path, problem, "none: the one before it is taken")
 
     def _checkpoint_damage(self, path: str, entry: FileEntry, listed: dict[str, int]) -> str | None:
         if listed.get(path) != entry.size_bytes:
@@ -265,7 +274,7 @@ def check(store: ArtifactStore, *, deep: bool = True, repair: bool = False) -> F
         store: The store.
         deep: Read and hash every file; else only look up sizes.
         repair: Restore damaged files from the local cache where it has them, else forget the stage
-            results that need them, so that the next run makes them again.
+            results that need them, so that the next run makes them again. Damaged checkpoints go.
 
     Raises:
         StorageError: The server does not answer.

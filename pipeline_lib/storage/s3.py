@@ -98,8 +98,11 @@ def open_client(settings: S3Settings) -> S3Client:
     with named_errors(settings, "opening the connection"):
         try:
             # A session of its own: boto3's shared one keeps the first keys it saw, and is not thread-safe.
-            session = boto3.session.Session()
-            return session.client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
+            session = botocore.session.Session()
+            session.register_component("data_loader", _loader())
+            return boto3.session.Session(botocore_session=session).client(
+                "s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config
+            )
         except ValueError as error:
             raise ConfigError(
                 f"the S3 endpoint {settings.endpoint_url!r} is no URL",

@@ -146,6 +146,9 @@ def test_damaged_checkpoints_are_warnings(line: Line) -> None:
     ]  # fmt: skip
     line.store.objects.delete(path)
     assert "state.json is missing" in check(line.store, deep=False).in_words()
+    assert [finding.severity for finding in check(line.store, repair=True).findings] == ["repaired"] * 2
+    assert check(line.store).findings == ()
+    assert Checkpoints(line.store, "ef" * 32).latest() is None
 
 
 def test_left_overs_are_counted_and_taken_once_they_are_old(line: Line) -> None:
