@@ -25,6 +25,7 @@ Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a prese
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value; may be given several times.")]
 Home = Annotated[Path, typer.Option("--home", envvar="PREFLINE_HOME", help="Folder of the embedded servers.")]
 DEFAULT_HOME = Path(".prefline")
+_TYPER_INTERRUPTED = 130
 
 
 @app.command()
@@ -230,7 +231,11 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        app(standalone_mode=False)
+        # Typer answers Ctrl-C and `typer.Exit` with a code instead of raising.
+        code = app(standalone_mode=False)
+        if code == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except PipelineError as error:
         _fail(error, is_debug=is_debug)
     except KeyboardInterrupt:
@@ -240,8 +245,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(InterruptedRunError.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except Exception as error:
         cause = _pipeline_error_in(error)
         if cause is not None:

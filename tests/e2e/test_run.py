@@ -47,7 +47,7 @@ def test_a_run_survives_kill_and_interrupt_and_a_second_run_is_cached(tmp_path: 
     code, _, _ = finish(killer)
     assert code == -signal.SIGKILL
 
-    # The same command goes on: everything before PPO is cached; SIGTERM ends it in an orderly way.
+    # The same command goes on: everything before PPO is cached, PPO resumes.
     again = start(home, "run", "smoke", *SMALL)
     code, out, err = finish(again)
     assert code == 0, err
@@ -56,7 +56,8 @@ def test_a_run_survives_kill_and_interrupt_and_a_second_run_is_cached(tmp_path: 
     )
     assert "ppo" not in cached_stages(err)
     assert "Gate: promoted" in out
-    assert "prefline-smoke version 1, alias champion" in out
+    promoted = re.search(r"prefline-smoke version (\d), alias champion", out)
+    assert promoted is not None
     report = Path(re.search(r"Report:\s+(.*)", out)[1])  # type: ignore[index]
     assert "<html" in report.read_text(encoding="utf-8")[:200]
 
@@ -67,7 +68,7 @@ def test_a_run_survives_kill_and_interrupt_and_a_second_run_is_cached(tmp_path: 
     assert len(stages) == 16
     assert len(cached_stages(err)) == 15
     assert "already champion" in out
-    assert "prefline-smoke version 1" in out
+    assert promoted[0] in out
 
     code, out, err = finish(start(home, "explain", "models:/prefline-smoke@champion"))
     assert code == 0, err
@@ -87,7 +88,7 @@ def test_sigterm_ends_a_run_with_a_message_and_its_exit_code(tmp_path: Path) -> 
         if line.startswith("sft"):
             break
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     assert "checkpoint" in err
     assert "run the same command again" in err

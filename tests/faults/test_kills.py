@@ -6,7 +6,7 @@ second store runs them undisturbed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -111,10 +111,10 @@ class Line:
 
 
 @pytest.fixture
-def lines(s3_server: S3Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Line, Line]]:
+def lines(s3_server: S3Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Line, Line]:
     disturbed = s3_server.model_copy(update={"prefix": f"{tmp_path.name}-killed"})
     quiet = s3_server.model_copy(update={"prefix": f"{tmp_path.name}-quiet"})
-    yield Line(disturbed, tmp_path / "killed", monkeypatch), Line(quiet, tmp_path / "quiet", monkeypatch)
+    return Line(disturbed, tmp_path / "killed", monkeypatch), Line(quiet, tmp_path / "quiet", monkeypatch)
 
 
 @pytest.mark.timeout(600)
