@@ -58,7 +58,7 @@ def fetch(store: ArtifactStore, ref: ArtifactRef) -> Files:
         return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tree=FILES, config=CONFIGS)
 def test_round_trip(shared_store: ArtifactStore, tree: dict[tuple[str, ...], bytes], config: dict[str, Any]) -> None:
     files = as_files(tree)
@@ -68,7 +68,7 @@ def test_round_trip(shared_store: ArtifactStore, tree: dict[tuple[str, ...], byt
     assert commit(shared_store, dict(reversed(files.items())), dict(reversed(config.items()))) == ref
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(one=FILES.map(as_files), other=FILES.map(as_files), config=CONFIGS)
 def test_ids_differ_where_content_does(
     shared_store: ArtifactStore, one: Files, other: Files, config: dict[str, Any]
