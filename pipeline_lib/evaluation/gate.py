@@ -112,9 +112,11 @@ def _judge(
     bootstrap: Bootstrap,
 ) -> CandidateVerdict:
     rules = tuple(_apply(rule, policy, evidence, name, model, champion, bootstrap) for rule in policy.rules)
-    order = GATE_METRICS.build(policy.select_by).measure(evidence, name, bootstrap=bootstrap)
+    order: Any = GATE_METRICS.build(policy.select_by)
+    is_measured = name in evidence.models and (order.against is None or order.against in evidence.models)
+    rank_value = order.measure(evidence, name, bootstrap=bootstrap).value if is_measured else None
     is_passed = all(result.status != "fail" for result in rules) and any(r.status == "pass" for r in rules)
-    return CandidateVerdict(name=name, model=model, is_passed=is_passed, rules=rules, rank_value=order.value)
+    return CandidateVerdict(name=name, model=model, is_passed=is_passed, rules=rules, rank_value=rank_value)
 
 
 def _apply(
@@ -139,8 +141,9 @@ def _apply(
         return result(empty, "not_applicable", "there is no champion yet")
     if metric.against == CHAMPION and champion == model:
         return result(empty, "not_applicable", "the candidate is the champion")
-    if metric.against is not None and metric.against not in evidence.models:
-        return result(empty, "fail", f"there are no results of {metric.against!r}")
+    for needed in (name, metric.against):
+        if needed is not None and needed not in evidence.models:
+            return result(empty, "fail", f"there are no results of {needed!r}")
     estimate: Interval = metric.measure(evidence, name, bootstrap=bootstrap)
     if estimate.value is None or estimate.low is None or estimate.high is None:
         return result(estimate, "fail", "the figure is missing or not finite")

@@ -45,15 +45,21 @@ def interval(columns: Sequence[Sequence[float | None]], statistic: Statistic, bo
     Returns:
         The estimate; all None where a figure is missing or not finite, or N is 0.
 
+    Raises:
+        ValueError: The columns differ in length.
+
     Source: Efron and Tibshirani 1993, section 13.3.
     """
     num = len(columns[0]) if columns else 0
+    if any(len(column) != num for column in columns):
+        raise ValueError(f"paired columns must have one length, not {[len(column) for column in columns]}")
     missing = any(value is None or not math.isfinite(value) for column in columns for value in column)
     nothing = Interval(value=None, low=None, high=None, confidence_frac=bootstrap.confidence_frac, num_examples=num)
     if num == 0 or missing:
         return nothing
     table = np.array(columns, dtype=np.float64)
-    point = float(statistic(table[:, None, :])[0])
+    with np.errstate(all="ignore"):
+        point = float(statistic(table[:, None, :])[0])
     draws = _resampled(table, statistic, bootstrap)
     if not math.isfinite(point) or not bool(np.isfinite(draws).all()):
         return nothing

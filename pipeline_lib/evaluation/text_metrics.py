@@ -40,7 +40,12 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float | None:
-    """Return different word n-grams over all word n-grams of some texts; None where there is none."""
+    """Return different word n-grams over all word n-grams of some texts; None where there is none.
+
+    No n-gram goes from one text into the next.
+
+    Source: Li et al. 2016 (arXiv 1510.03055).
+    """
     seen: set[tuple[str, ...]] = set()
     total = 0
     for text in texts:

@@ -1,6 +1,7 @@
 """PPO's clipped losses (methods 2.4), as sums over tokens; the caller divides by the step's tokens.
 
-Any shape is taken, with a bool mask of the same shape, True = counts.
+Any shape is taken, with a bool mask of the same shape, True = counts. What stands outside the mask
+changes neither a sum nor a gradient, NaN included.
 """
 
 from __future__ import annotations
@@ -50,15 +51,18 @@ def clipped_policy_loss(
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7.
     """
     _same_shape(token_logp, old_token_logp, advantages, mask)
-    log_ratio = torch.where(mask, token_logp - old_token_logp, torch.zeros_like(token_logp))
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    larger = torch.maximum(plain, clipped)
+    zeros = torch.zeros_like(token_logp)
+    log_ratio = torch.where(mask, token_logp - old_token_logp, zeros)
+    advantages = torch.where(mask, advantages, zeros)
     detached = log_ratio.detach()
+    too_high = (advantages > 0) & (detached.exp() > 1 + clip_range)
+    too_low = (advantages < 0) & (detached.exp() < 1 - clip_range)
+    # Clipped tokens leave before exp: an overflow there would turn their gradient of 0 into NaN.
+    ratio = torch.where(too_high | too_low, zeros, log_ratio).exp()
+    ratio = torch.where(too_high, zeros + (1 + clip_range), torch.where(too_low, zeros + (1 - clip_range), ratio))
     return PolicyLoss(
-        loss_sum=torch.where(mask, larger, torch.zeros_like(larger)).sum(),
-        num_clipped=float((mask & (clipped > plain)).sum()),
+        loss_sum=-(advantages * ratio).sum(),
+        num_clipped=float((too_high | too_low).sum()),
         approx_kl_sum=float(0.5 * detached.square().sum()),
         policy_kl_sum=float(-detached.sum()),
     )
@@ -82,12 +86,13 @@ def clipped_value_loss(
     Source: Ziegler et al. 2019, `train_policy.py`.
     """
     _same_shape(values, old_values, returns, mask)
-    kept = torch.minimum(torch.maximum(values, old_values - value_clip_range), old_values + value_clip_range)
+    zeros = torch.zeros_like(values)
+    values, old_values, returns = (torch.where(mask, each, zeros) for each in (values, old_values, returns))
+    kept = values.clamp(old_values - value_clip_range, old_values + value_clip_range)
     plain, clipped = (values - returns).square(), (kept - returns).square()
-    larger = 0.5 * torch.maximum(plain, clipped)
     return ValueLoss(
-        loss_sum=torch.where(mask, larger, torch.zeros_like(larger)).sum(),
-        num_clipped=float((mask & (clipped > plain)).sum()),
+        loss_sum=0.5 * torch.maximum(plain, clipped).sum(),
+        num_clipped=float((clipped > plain).sum()),
     )
 
 

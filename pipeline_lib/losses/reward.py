@@ -28,8 +28,7 @@ def bradley_terry(
 
     Source: Bradley and Terry 1952; Touvron et al. 2023, eq. 2.
     """
-    if better_P.shape != worse_P.shape:
-        raise ValueError(f"better {tuple(better_P.shape)} and worse {tuple(worse_P.shape)} must have one shape")
+    _same_shape(better_P, worse_P, *([] if margin_P is None else [margin_P]))
     difference_P = better_P - worse_P
     if margin_P is not None:
         difference_P = difference_P - margin_P
@@ -40,5 +39,18 @@ def bradley_terry(
 
 
 def accuracy(better_P: Tensor, worse_P: Tensor) -> Tensor:
-    """Return the share of pairs whose better response scores strictly higher."""
+    """Return the share of pairs whose better response scores strictly higher.
+
+    Raises:
+        ValueError: The shapes differ, or there is no pair.
+    """
+    _same_shape(better_P, worse_P)
+    if better_P.numel() == 0:
+        raise ValueError("there is no pair to take a share of")
     return (better_P > worse_P).to(torch.float64).mean()
+
+
+def _same_shape(*tensors: Tensor) -> None:
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) != 1:
+        raise ValueError(f"scores and margins must have one shape, not {sorted(shapes)}")

@@ -40,15 +40,17 @@ def token_logps_from_hidden(
         `(token_logp_N, entropy_N)`, float32 or float64; `entropy_N` is None unless asked for.
 
     Raises:
-        ValueError: The shapes do not fit, or the temperature is not above 0.
+        ValueError: The shapes do not fit, or the temperature or the chunk is not above 0.
     """
     if hidden_ND.ndim != 2 or hidden_ND.shape[1] != head_weight_VD.shape[1] or labels_N.shape != hidden_ND.shape[:1]:
         raise ValueError(
             f"hidden {tuple(hidden_ND.shape)}, head {tuple(head_weight_VD.shape)} and labels "
             f"{tuple(labels_N.shape)} must be (N, D), (V, D) and (N,)"
         )
-    if temperature <= 0:
-        raise ValueError(f"temperature {temperature} must be above 0")
+    if head_bias_V is not None and head_bias_V.shape != head_weight_VD.shape[:1]:
+        raise ValueError(f"bias {tuple(head_bias_V.shape)} must be (V,), V = {head_weight_VD.shape[0]}")
+    if not temperature > 0 or chunk_tokens < 1:
+        raise ValueError(f"temperature {temperature} and chunk_tokens {chunk_tokens} must be above 0")
     entropy_N = None
     if with_entropy:
         entropy_N = _entropy(hidden_ND, head_weight_VD, head_bias_V, chunk_tokens, temperature)
@@ -74,7 +76,7 @@ def _entropy(
     for hidden_CD in hidden_ND.split(chunk_tokens):
         logp_CV = torch.log_softmax(_logits(hidden_CD, weight_VD, bias_V, temperature), dim=-1)
         chunks.append(-(logp_CV.exp() * logp_CV).sum(-1))
-    return torch.cat(chunks) if chunks else hidden_ND.new_zeros(0)
+    return torch.cat(chunks)
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -98,8 +100,7 @@ class _ChunkedLogps(torch.autograd.Function):
             logits_CV = _logits(hidden_CD, weight_VD, bias_V, temperature)
             chosen_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
             chunks.append(chosen_C - logits_CV.logsumexp(-1))
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        return torch.cat(chunks) if chunks else hidden_ND.new_zeros(0, dtype=wide)
+        return torch.cat(chunks)
 
     @staticmethod
     @once_differentiable

@@ -38,14 +38,15 @@ def gae(
             f"rewards {tuple(rewards_BT.shape)}, values {tuple(values_BT.shape)} and mask "
             f"{tuple(response_mask_BT.shape)} must have one shape (rollouts, response positions)"
         )
+    if rewards_BT.ndim != 2:
+        raise ValueError(f"rewards {tuple(rewards_BT.shape)} must be (rollouts, response positions)")
     if bool((response_mask_BT[:, 1:] & ~response_mask_BT[:, :-1]).any()):
         raise ValueError("a row of the response mask has a gap: responses must be right-padded")
     zeros_BT = torch.zeros_like(values_BT)
     rewards_BT = torch.where(response_mask_BT, rewards_BT, zeros_BT)
     values_BT = torch.where(response_mask_BT, values_BT, zeros_BT)
     advantages_BT = zeros_BT.clone()
-    next_advantage_B = zeros_BT[:, 0] if zeros_BT.shape[1] else zeros_BT.sum(-1)
-    next_value_B = next_advantage_B
+    next_advantage_B = next_value_B = values_BT.new_zeros(len(values_BT))
     for t in range(rewards_BT.shape[1] - 1, -1, -1):
         delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
         next_advantage_B = delta_B + gamma * gae_lambda * next_advantage_B

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -21,19 +22,28 @@ def kl_estimate(token_logp: Tensor, ref_token_logp: Tensor, *, estimator: Estima
         ref_token_logp: Under the reference.
         estimator: Which of the three.
 
+    Raises:
+        ValueError: The shapes differ, or there is no such estimator.
+
     Source: Schulman 2020, "Approximating KL divergence".
     """
+    if token_logp.shape != ref_token_logp.shape:
+        raise ValueError(f"{tuple(token_logp.shape)} and {tuple(ref_token_logp.shape)} must be one shape")
     difference = token_logp - ref_token_logp
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    return (-difference).exp() - 1 + difference
+    if estimator == "k3":
+        return torch.expm1(-difference) + difference  # expm1: near 0 the other form goes below 0
+    raise ValueError(f"there is no KL estimator {estimator!r}")
 
 
 def full_kl(logp_TV: Tensor, ref_logp_TV: Tensor) -> Tensor:
-    """Return sum_v p (log p - log p_ref) at each position, from log-probabilities over V."""
-    return (logp_TV.exp() * (logp_TV - ref_logp_TV)).sum(-1)
+    """Return sum_v p (log p - log p_ref) at each position, from log-probabilities over V; 0 log 0 is 0."""
+    is_possible_TV = logp_TV > -torch.inf
+    log_ratio_TV = torch.where(is_possible_TV, logp_TV - ref_logp_TV, torch.zeros_like(logp_TV))
+    return (logp_TV.exp() * log_ratio_TV).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Legend: B rollouts, T response positions, right-padded.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,14 @@ def apply_missing_eos(score_B: Tensor, is_finished_B: Tensor, *, mode: MissingEo
         mode: `replace` sets the score to the value (OpenAI, -1), `penalty` adds the value (TRL, with
             a negative one), `keep` changes nothing.
         value: See `mode`.
+
+    Raises:
+        ValueError: The shapes differ, or there is no such mode.
     """
+    if score_B.shape != is_finished_B.shape:
+        raise ValueError(f"score {tuple(score_B.shape)} and is_finished {tuple(is_finished_B.shape)} must be (B,)")
+    if mode not in get_args(MissingEos):
+        raise ValueError(f"there is no mode {mode!r} for a missing end of turn")
     if mode == "keep":
         return score_B
     changed_B = torch.full_like(score_B, value) if mode == "replace" else score_B + value
@@ -49,11 +56,11 @@ def token_rewards(kl_BT: Tensor, score_B: Tensor, response_mask_BT: Tensor, *, k
             f"kl {tuple(kl_BT.shape)}, mask {tuple(response_mask_BT.shape)} and score {tuple(score_B.shape)} "
             "must be (B, T), (B, T) and (B,)"
         )
-    lengths_B = response_mask_BT.sum(-1)
-    if bool((lengths_B == 0).any()):
+    if not bool(response_mask_BT.any(-1).all()):
         raise ValueError("a response has no token, so its score has no place")
     reward_BT = torch.where(response_mask_BT, -kl_coef * kl_BT, torch.zeros_like(kl_BT))
-    last_B1 = (lengths_B - 1)[:, None]
+    places_T = torch.arange(response_mask_BT.shape[1], device=response_mask_BT.device)
+    last_B1 = (places_T * response_mask_BT).amax(-1, keepdim=True)
     return reward_BT.scatter_add(1, last_B1, score_B[:, None].to(reward_BT.dtype))
 
 

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from pipeline_lib.config import PRESETS, find_config, read_yaml
+from pipeline_lib.errors import ConfigError
 from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.gate import CHAMPION, GatePolicy, decide
 from pipeline_lib.schema import ExampleResult
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.validation import Frozen, validate
 
-VERSION = 1
+VERSION = 2
 
 _PREFIX = "evaluation:"
 
@@ -39,8 +40,19 @@ class GateConfig(Frozen):
 
 
 def run(config: GateConfig, inputs: Inputs, context: StageContext) -> StageOutput:
-    """Decide; inputs `evaluation:<name>` and `reward_model`."""
+    """Decide; inputs `evaluation:<name>` and `reward_model`.
+
+    Raises:
+        ConfigError: A candidate was not evaluated.
+        DataError: Two models were evaluated on different prompts.
+    """
     names = [role.removeprefix(_PREFIX) for role in inputs if role.startswith(_PREFIX)]
+    unknown = [name for name in config.candidates if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"gate.candidates names {unknown}, which were not evaluated",
+            next_step=f"name only models of the run: {', '.join(sorted(names))}",
+        )
     evaluations = {name: inputs[_PREFIX + name] for name in names}
     models = {name: context.store.manifest(ref).inputs["model"] for name, ref in evaluations.items()}
     evidence = Evidence(

@@ -17,8 +17,11 @@ from pipeline_lib.validation import Frozen
 class DistinctN(Frozen):
     """Different word n-grams over all, over the answers together, or its ratio to another model's.
 
-    The figure falls as more text is taken together, so a resample with repeated prompts would be
-    biased: the interval is that of random halves of the prompts, widened to the whole by sqrt(1/2).
+    A resample with repeated prompts would repeat their n-grams and so be biased. The interval is that
+    of subsamples of half the prompts: m of N drawn without replacement scatter sqrt((N - m) / m) times
+    as much as a figure of N prompts does.
+
+    Source: the delete-d jackknife, Shao and Wu 1989.
     """
 
     unit: ClassVar[str] = "fraction, or a ratio"
@@ -40,7 +43,7 @@ class DistinctN(Frozen):
             for _ in range(min(bootstrap.resamples, 200))
         ]
         found = [draw for draw in draws if draw is not None]
-        if value is None or len(found) < len(draws):
+        if value is None or len(found) < len(draws) or len(mine) < 2:
             return Interval(
                 value=None,
                 low=None,
@@ -48,7 +51,7 @@ class DistinctN(Frozen):
                 confidence_frac=bootstrap.confidence_frac,
                 num_examples=len(mine),
             )
-        spread = (np.array(found) - float(np.mean(found))) * np.sqrt(0.5)
+        spread = (np.array(found) - float(np.mean(found))) * np.sqrt(half / (len(mine) - half))
         tail = (1 - bootstrap.confidence_frac) / 2
         low, high = np.quantile(spread, [tail, 1 - tail])
         return Interval(

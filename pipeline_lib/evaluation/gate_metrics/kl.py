@@ -14,7 +14,7 @@ class Kl(Frozen):
     """Mean of log pi - log pi_ref over the answers: exact in expectation at temperature 1."""
 
     unit: ClassVar[str] = "nats a response"
-    against: str | None = None
+    against: None = None
     """Not used: the reference is always the SFT model."""
 
     def measure(self, evidence: Evidence, candidate: str, *, bootstrap: stats.Bootstrap) -> Interval:

@@ -22,9 +22,19 @@ class PairLogps:
     """Response tokens, for losses that take means."""
     rejected_tokens_B: Tensor
 
+    def __post_init__(self) -> None:
+        """Refuse shapes that would mix pairs by broadcasting.
+
+        Raises:
+            ValueError: The tensors are not all `(B,)`.
+        """
+        shapes = {name: tuple(values.shape) for name, values in vars(self).items()}
+        if len(set(shapes.values())) != 1 or self.chosen_B.ndim != 1:
+            raise ValueError(f"every tensor of the pairs must be (B,), not {shapes}")
+
     @property
     def margin_B(self) -> Tensor:
-        """H = (logp_w - ref_w) - (logp_l - ref_l)."""
+        """The margin of log-ratios, (logp_w - ref_w) - (logp_l - ref_l), with gradient."""
         return (self.chosen_B - self.ref_chosen_B) - (self.rejected_B - self.ref_rejected_B)
 
 
