@@ -137,6 +137,7 @@ def ask(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Load a promoted model from the registry and let it answer."""
+    os.environ["TQDM_DISABLE"] = "1"
     from pipeline_lib.tracking import load_pipeline
     from tasks.services import open_store, tracking_settings
 

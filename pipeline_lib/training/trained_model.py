@@ -45,10 +45,13 @@ class TrainedModel:
             DivergedError: The model is, in that format, the one that training began with.
         """
         dtype = stored_dtype(self.directory)
-        before = {name: value.detach().to(dtype) for name, value in _originals(self.model).items()}
-        whole = self.model if self.adapter is None else merge(self.adapter)
-        after = {name: value.detach().to(dtype) for name, value in whole.named_parameters()}
-        if self.adapter is not None and all(torch.equal(after[name], before[name]) for name in before):
+        if self.adapter is None:
+            save_model(self.model, directory, dtype=dtype, tokenizer_from=self.directory)
+            return
+        before = _adapted_weights(self.model, dtype)
+        whole = merge(self.adapter)
+        after = dict(whole.named_parameters())
+        if all(torch.equal(after[name].detach().to(dtype), weight) for name, weight in before.items()):
             raise DivergedError(
                 f"training changed no weight in the storage format {dtype}",
                 next_step="raise the learning rate or the number of steps",
@@ -82,10 +85,10 @@ def dtype_for(settings: TrainingSettings) -> torch.dtype:
     return torch.float32 if settings.lora is None else resolve_dtype(settings.precision)
 
 
-def _originals(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's own weights under the names they have without adapters."""
+def _adapted_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Copy the weights that have adapters, in a format, under the names they have without adapters."""
     return {
-        name.replace(".base_layer", ""): value.detach().clone()
+        name.replace(".base_layer", ""): value.detach().to(dtype, copy=True)
         for name, value in model.named_parameters()
-        if ".lora_" not in name
+        if name.endswith(".base_layer.weight")
     }
