@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from boto3.s3.transfer import TransferConfig
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
 from pipeline_lib.errors import ConditionalWriteError, ConflictError, DiskFullError, IntegrityError
@@ -193,8 +193,12 @@ class Objects:
             IntegrityError: What was read back twice is not what was written.
         """
         for _ in range(2):
-            with named_errors(self.settings, f"uploading {file.name}"), file.open("rb") as content:
-                self.client.upload_fileobj(content, self.settings.bucket, self.settings.key(path), Config=_MULTIPART)
+            # By its name, not as an open file, of which the parts would be held in memory.
+            with (
+                named_errors(self.settings, f"uploading {file.name}"),
+                create_transfer_manager(self.client, _MULTIPART) as transfers,
+            ):
+                transfers.upload(str(file), self.settings.bucket, self.settings.key(path)).result()
             if self.sha256_of(path) == sha256:
                 return
         raise IntegrityError(
