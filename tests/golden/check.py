@@ -1,0 +1,112 @@
+"""Compares a module with golden numbers; the module may be a mutant of the one in the file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline_lib.evaluation.evidence import Evidence
+from pipeline_lib.evaluation.stats import Bootstrap
+from pipeline_lib.losses.preference.contract import PairLogps
+
+DIRECTORY = Path(__file__).parent
+CHUNKS = (1, 2, 100)
+"""Results must not depend on how tokens are cut into chunks."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One file of golden numbers."""
+
+    topic: str
+    provenance: str
+    module: str
+    cases: tuple[dict[str, Any], ...]
+
+
+def load(topic: str) -> Golden:
+    content = json.loads((DIRECTORY / f"{topic}.json").read_text(encoding="utf-8"))
+    return Golden(topic, content["provenance"], content["module"], tuple(content["cases"]))
+
+
+def topics() -> list[str]:
+    return sorted(path.stem for path in DIRECTORY.glob("*.json") if path.stem != "gate_by_hand")
+
+
+def check(module_name: str, case: dict[str, Any], module: ModuleType | None = None) -> None:
+    """Call what a case names and compare value and gradient at 1e-9.
+
+    Raises:
+        AssertionError: A figure or a gradient is another one.
+    """
+    module = module or importlib.import_module(module_name)
+    for chunk in CHUNKS if case["call"] == "token_logps_from_hidden" else (None,):
+        given = {key: _argument(key, value, module_name) for key, value in case["given"].items()}
+        if chunk is not None:
+            given |= {"chunk_tokens": chunk, "with_entropy": True}
+        for name in case.get("gradient", {}):
+            given[name].requires_grad_()
+        result = _call(module, case["call"], given)
+        for field, expected in case["expected"].items():
+            _compare(_field(result, field), expected, f"{case['name']}: {field}")
+        if "gradient" in case:
+            _total(result, case.get("weights")).backward()
+        for name, expected in case.get("gradient", {}).items():
+            _compare(given[name].grad, expected, f"{case['name']}: gradient of {name}")
+
+
+def _argument(name: str, value: Any, module_name: str) -> Any:
+    if not isinstance(value, list):
+        return value
+    if "evaluation" in module_name:
+        return np.array(value)[:, None, :] if name == "columns" else value
+    flat = value[0][0] if isinstance(value[0], list) else value[0]
+    kinds = {bool: torch.bool, int: torch.long, float: torch.float64}
+    return torch.tensor(value, dtype=kinds[type(flat)])
+
+
+def _call(module: ModuleType, name: str, given: dict[str, Any]) -> Any:
+    if name == "per_pair":
+        counts = torch.ones(len(given["chosen_B"]), dtype=torch.long)
+        logps = {key: value for key, value in given.items() if key != "parameters"}
+        pairs = PairLogps(**logps, chosen_tokens_B=counts, rejected_tokens_B=counts)
+        return module.Dpo(**given["parameters"]).per_pair(pairs)
+    if name == "update":
+        return module.KlController(**given["parameters"]).update(given["kl_nats"], num_steps=given["num_steps"])
+    if name == "measure":
+        figures = {"test_accuracy_frac": given["accuracy"], "test_pairs": float(given["pairs"])}
+        bootstrap = Bootstrap(confidence_frac=given["confidence_frac"])
+        return module.RewardModelAccuracy().measure(Evidence({}, figures), "any", bootstrap=bootstrap)
+    return getattr(module, name)(**given)
+
+
+def _field(result: Any, field: str) -> Any:
+    if field == "value" and not hasattr(result, "value"):
+        return result
+    return result[int(field)] if field.isdigit() else getattr(result, field)
+
+
+def _total(result: Any, weights: list[float] | None) -> Tensor:
+    value = result.loss_sum if is_dataclass(result) else result[0] if isinstance(result, tuple) else result
+    assert isinstance(value, Tensor)
+    return value if weights is None else (value * torch.tensor(weights, dtype=value.dtype)).sum()
+
+
+def _compare(found: Any, expected: Any, what: str) -> None:
+    if expected is None or found is None:
+        assert found is expected, f"{what}: {found}, not {expected}"
+        return
+    found = found.detach() if isinstance(found, Tensor) else torch.tensor(np.array(found).squeeze())
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    assert found.shape == wanted.shape, f"{what}: {tuple(found.shape)}, not {tuple(wanted.shape)}"
+    torch.testing.assert_close(
+        found.to(torch.float64), wanted, rtol=1e-9, atol=1e-9, msg=lambda text: f"{what}: {text}"
+    )
