@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,7 +95,10 @@ def _field(result: Any, field: str) -> Any:
 
 
 def _total(result: Any, weights: list[float] | None) -> Tensor:
-    value = result.loss_sum if is_dataclass(result) else result[0] if isinstance(result, tuple) else result
+    if hasattr(result, "loss_sum"):
+        value = result.loss_sum
+    else:
+        value = result[0] if isinstance(result, tuple) else result
     assert isinstance(value, Tensor)
     return value if weights is None else (value * torch.tensor(weights, dtype=value.dtype)).sum()
 

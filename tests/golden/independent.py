@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpmath import erfinv, exp, fsum, log, mp, mpf, sqrt
+from mpmath import erfinv, exp, fsum, log, mp, mpf, sqrt  # type: ignore[import-untyped]
 
 mp.dps = 50
 PROVENANCE = (

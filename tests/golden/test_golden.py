@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.golden.check import check, load, topics
+from tests.golden.check_gate import check_decision
 from tests.golden.independent import FILES, content
 
 CASES = [
@@ -20,6 +21,11 @@ CASES = [
 @pytest.mark.parametrize(("module", "case"), CASES)
 def test_golden(module: str, case: dict[str, Any]) -> None:
     check(module, case)
+
+
+@pytest.mark.parametrize("case", load("gate_by_hand").cases, ids=lambda case: str(case["name"]))
+def test_golden_decision(case: dict[str, Any]) -> None:
+    check_decision(case)
 
 
 @pytest.mark.parametrize("topic", topics())
