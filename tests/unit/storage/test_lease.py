@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline_lib.errors import HeldError
-from pipeline_lib.storage.lease import Holder, Lease
+from pipeline_lib.storage.lease import Holder, Lease, _Waiting
 from pipeline_lib.storage.s3 import S3Settings
 from pipeline_lib.storage.store import ArtifactStore
 
@@ -114,6 +114,29 @@ def test_who_is_known_to_be_gone_is_replaced_at_once(store: ArtifactStore, chang
 def test_what_is_known_of_a_holder(changed: dict[str, Any], state: str) -> None:
     holder = Holder.this_process(owner="x", token=1, expiry_s=60).model_copy(update=changed)
     assert holder.state() == state
+
+
+def test_when_another_machines_lease_is_free() -> None:
+    """It is looked at until it is renewed, which proves its holder alive, or is as old as it may get."""
+    far = Holder.this_process(owner="far", token=1, expiry_s=60).model_copy(update={"host": "elsewhere"})
+    waiting = _Waiting()
+    assert waiting.is_over(far, "etag-1", 1.0) is False
+    assert waiting.is_over(far, "etag-1", 60.0) is False
+    assert waiting.is_over(far, "etag-1", 60.1) is True
+    with pytest.raises(HeldError, match=r"held by far .* renewed 0 s ago"):
+        waiting.is_over(far, "etag-2", 0.0)
+
+
+def test_an_orphan_is_given_time_to_commit_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    orphan = Holder.this_process(owner="child", token=1, expiry_s=60).model_copy(
+        update={"parent": 1 if os.getppid() != 1 else 2}
+    )
+    waiting = _Waiting()
+    assert waiting.is_over(orphan, "etag-1", 1.0) is False
+    assert waiting.is_over(orphan, "etag-2", 1.0) is False
+    monkeypatch.setattr("pipeline_lib.storage.lease.ORPHAN_GRACE_S", 0.0)
+    with pytest.raises(HeldError, match="held by child"):
+        waiting.is_over(orphan, "etag-2", 1.0)
 
 
 def test_an_unreadable_lease_is_taken_over(store: ArtifactStore) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError, ReadTimeoutError
 
@@ -14,6 +16,7 @@ from pipeline_lib.errors import (
     PipelineError,
     StorageError,
 )
+from pipeline_lib.storage.objects import _age_s
 from pipeline_lib.storage.s3 import S3Settings, named_errors, open_client
 
 SETTINGS = S3Settings(endpoint_url="http://127.0.0.1:9", bucket="b")
@@ -83,3 +86,9 @@ def test_keys_are_below_the_prefix(given: str, key: str) -> None:
 def test_settings_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
     assert "not-to-be-seen" not in SETTINGS.model_dump_json()
+
+
+def test_ages_are_by_the_servers_clock() -> None:
+    """Neither clock is this machine's: both are of the year 2001."""
+    answer = {"ResponseMetadata": {"HTTPHeaders": {"date": "Mon, 01 Jan 2001 00:01:30 GMT"}}}
+    assert _age_s(answer, datetime(2001, 1, 1, tzinfo=UTC)) == 90.0

@@ -12,8 +12,9 @@ import pytest
 from pipeline_lib.errors import ConflictError, HeldError, IntegrityError, ModelNotFoundError
 from pipeline_lib.hashing import canonical_json, sha256_bytes
 from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.storage.fsck import MIN_AGE_S
 from pipeline_lib.storage.s3 import S3Settings
-from pipeline_lib.storage.store import ArtifactStore, FileEntry, Manifest, blob_path
+from pipeline_lib.storage.store import TRUSTED_AGE_S, ArtifactStore, FileEntry, Manifest, blob_path
 
 pytestmark = pytest.mark.servers
 
@@ -128,6 +129,20 @@ def test_a_damaged_blob_is_uploaded_anew_by_the_next_commit(store: ArtifactStore
     store.objects.put(path, bytes(len(FILES["model/weights.bin"])))
     assert commit(store, directory) == ref
     assert (store.fetch(ref, tmp_path / "out") / "model/weights.bin").read_bytes() == FILES["model/weights.bin"]
+
+
+@pytest.mark.parametrize(("trusted_age_s", "num_written"), [(3600.0, 0), (-1.0, len(FILES))])
+def test_a_blob_that_gc_might_take_is_written_anew(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted_age_s: float, num_written: int
+) -> None:
+    """A blob is young again once a commit counts on it, so `gc` cannot take it from under the commit."""
+    assert 2 * TRUSTED_AGE_S <= MIN_AGE_S
+    directory = folder(tmp_path / "in", FILES)
+    ref = commit(store, directory)
+    monkeypatch.setattr("pipeline_lib.storage.store.TRUSTED_AGE_S", trusted_age_s)
+    counts = count_requests(store)
+    assert commit(store, directory) == ref
+    assert counts["PutObject"] == num_written + 1  # and the manifest
 
 
 def test_a_damaged_manifest_is_written_anew_by_the_next_commit(store: ArtifactStore, tmp_path: Path) -> None:
