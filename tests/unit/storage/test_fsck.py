@@ -95,6 +95,7 @@ def test_after_a_repair_without_a_copy_the_stage_runs_again(line: Line) -> None:
     report = check(line.store, repair=True)
     assert {finding.severity for finding in report.findings} == {"repaired", "warning"}
     assert line.store.find("cd" * 32) is None
+    assert line.store.objects.head(blob_path(sha256_bytes(ROWS))) is None
     assert line.store.find(KEY) == line.model  # made from the rows, but whole itself
     again = check(line.store)
     assert (again.num_errors, len(again.findings)) == (0, 1)

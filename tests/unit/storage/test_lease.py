@@ -139,6 +139,26 @@ def test_an_orphan_is_given_time_to_commit_its_checkpoint(monkeypatch: pytest.Mo
         waiting.is_over(orphan, "etag-2", 1.0)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_of_two_who_take_a_free_lease_one_has_it(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    """Another process takes it between this one's look and its write."""
+    if is_there:
+        place(store, released=True)
+    put = store.objects.put
+
+    def put_second(path: str, content: bytes, **condition: Any) -> str:
+        monkeypatch.undo()
+        place(store, owner="faster", token=8)
+        return put(path, content, **condition)
+
+    monkeypatch.setattr(store.objects, "put", put_second)
+    with pytest.raises(HeldError, match="held by faster"):
+        Lease.acquire(store, KEY, owner="test")
+    assert stored(store).owner == "faster"
+
+
 def test_an_unreadable_lease_is_taken_over(store: ArtifactStore) -> None:
     store.objects.put(PATH, b"{")
     with Lease.acquire(store, KEY, owner="test") as lease:

@@ -101,11 +101,12 @@ def test_the_same_content_is_not_uploaded_twice(store: ArtifactStore, tmp_path: 
     directory = folder(tmp_path / "in", FILES)
     first = commit(store, directory, stage_key="ab" * 32)
     counts = count_requests(store)
-    assert commit(store, directory, stage_key="ab" * 32) == first
+    assert commit(store, directory, stage_key="ab" * 32, measurements={"wall_s": 2.0}) == first
     # The manifest and the stage's name are offered, and refused because they are there.
     assert counts["PutObject"] == 2
     assert counts["CreateMultipartUpload"] == 0
     assert counts["HeadObject"] == len(FILES)
+    assert store.manifest(first).measurements == {}  # an artifact does not change
 
 
 def test_equal_files_share_a_blob(store: ArtifactStore, tmp_path: Path) -> None:
