@@ -105,7 +105,6 @@ def fsck(
 ) -> None:
     """Check every artifact's hashes and every pointer."""
     from pipeline_lib.storage.fsck import check
-
     from tasks.services import open_store
 
     with open_store(home) as (_, store):
