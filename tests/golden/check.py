@@ -95,10 +95,7 @@ def _field(result: Any, field: str) -> Any:
 
 
 def _total(result: Any, weights: list[float] | None) -> Tensor:
-    if hasattr(result, "loss_sum"):
-        value = result.loss_sum
-    else:
-        value = result[0] if isinstance(result, tuple) else result
+    value = result.loss_sum if hasattr(result, "loss_sum") else result[0] if isinstance(result, tuple) else result
     assert isinstance(value, Tensor)
     return value if weights is None else (value * torch.tensor(weights, dtype=value.dtype)).sum()
 

@@ -1,0 +1,138 @@
+"""Log-probabilities out of hidden states in chunks: gradients, extremes, formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline_lib.losses.tokens import masked_mean, token_logps_from_hidden
+
+
+def inputs(num: int = 6, width: int = 4, vocabulary: int = 9, *, scale: float = 1.0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((num, width), (vocabulary, width), (vocabulary,))
+    )
+    return hidden, weight, bias, torch.randint(0, vocabulary, (num,), generator=generator)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 6, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradient_is_the_derivative(chunk_tokens: int, temperature: float, with_bias: bool) -> None:
+    hidden, weight, bias, labels = inputs()
+
+    def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return token_logps_from_hidden(
+            hidden, weight, labels, head_bias_V=bias if with_bias else None,
+            chunk_tokens=chunk_tokens, temperature=temperature,
+        )[0]  # fmt: skip
+
+    for values in (hidden, weight, bias):
+        values.requires_grad_()
+    assert torch.autograd.gradcheck(logps, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("learned", [0, 1, 2])
+def test_frozen_parts_get_no_gradient(learned: int) -> None:
+    *values, labels = inputs()
+    values[learned].requires_grad_()
+    token_logp_N, _ = token_logps_from_hidden(values[0], values[1], labels, head_bias_V=values[2], chunk_tokens=2)
+    token_logp_N.sum().backward()
+    assert [part.grad is not None for part in values] == [place == learned for place in range(3)]
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e5, 1e8])
+def test_extreme_logits_are_finite(scale: float) -> None:
+    hidden, weight, bias, labels = (part.float() if part.is_floating_point() else part for part in inputs(scale=scale))
+    hidden.requires_grad_()
+    token_logp_N, entropy_N = token_logps_from_hidden(
+        hidden, weight, labels, head_bias_V=bias, chunk_tokens=4, with_entropy=True
+    )
+    token_logp_N.sum().backward()
+    assert entropy_N is not None
+    for values in (token_logp_N, entropy_N, hidden.grad):
+        assert values is not None
+        assert torch.isfinite(values).all()
+    assert (token_logp_N <= 0).all()
+
+
+def test_bf16_is_near_float32() -> None:
+    """The product is rounded to 8 bits: 2^-8 of logits of about 8; the softmax itself is float32."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(64, 32, generator=generator), torch.randn(50, 32, generator=generator) * 0.5
+    labels = torch.randint(0, 50, (64,), generator=generator)
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [values.to(torch.bfloat16).to(dtype).requires_grad_() for values in (hidden, weight)]
+        token_logp_N, _ = token_logps_from_hidden(parts[0], parts[1], labels, chunk_tokens=16)
+        token_logp_N.mean().backward()
+        assert parts[0].grad is not None
+        assert parts[1].grad is not None
+        assert parts[0].grad.dtype == parts[1].grad.dtype == dtype
+        return token_logp_N.detach(), parts[0].grad.float(), parts[1].grad.float()
+
+    wide, narrow = run(torch.float32), run(torch.bfloat16)
+    assert narrow[0].dtype == torch.float32
+    torch.testing.assert_close(narrow[0], wide[0], rtol=0, atol=2**-4)
+    for coarse, fine in zip(narrow[1:], wide[1:], strict=True):
+        assert float((coarse - fine).norm() / fine.norm()) < 0.02
+
+
+def test_a_head_in_another_format_than_its_input() -> None:
+    hidden, weight, bias, labels = inputs()
+    head = weight.float().requires_grad_()
+    token_logp_N, _ = token_logps_from_hidden(hidden, head, labels, head_bias_V=bias, chunk_tokens=4)
+    token_logp_N.sum().backward()
+    assert token_logp_N.dtype == torch.float64
+    assert head.grad is not None
+    assert head.grad.dtype == torch.float32
+
+
+def test_no_token_at_all() -> None:
+    hidden, weight, _, labels = inputs(num=0)
+    hidden.requires_grad_()
+    token_logp_N, entropy_N = token_logps_from_hidden(hidden, weight, labels, chunk_tokens=4, with_entropy=True)
+    token_logp_N.sum().backward()
+    assert token_logp_N.shape == (0,)
+    assert entropy_N is not None
+    assert entropy_N.shape == (0,)
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 4)
+
+
+def test_entropy_of_equal_logits_is_the_logarithm() -> None:
+    hidden, weight, _, labels = inputs()
+    _, entropy_N = token_logps_from_hidden(0 * hidden, weight, labels, chunk_tokens=4, with_entropy=True)
+    assert entropy_N is not None
+    assert entropy_N.tolist() == pytest.approx([2.1972245773362196] * 6, rel=1e-12)  # ln 9
+    assert token_logps_from_hidden(hidden, weight, labels, chunk_tokens=4)[1] is None
+
+
+def test_refusals() -> None:
+    hidden, weight, bias, labels = inputs()
+    with pytest.raises(ValueError, match=r"must be \(N, D\), \(V, D\) and \(N,\)"):
+        token_logps_from_hidden(hidden, weight, labels[:-1], chunk_tokens=4)
+    with pytest.raises(ValueError, match=r"must be \(N, D\), \(V, D\) and \(N,\)"):
+        token_logps_from_hidden(hidden, weight.T, labels, chunk_tokens=4)
+    with pytest.raises(ValueError, match=r"bias \(8,\) must be \(V,\)"):
+        token_logps_from_hidden(hidden, weight, labels, head_bias_V=bias[:-1], chunk_tokens=4)
+    with pytest.raises(ValueError, match=r"temperature 0\.0"):
+        token_logps_from_hidden(hidden, weight, labels, chunk_tokens=4, temperature=0.0)
+    with pytest.raises(ValueError, match="chunk_tokens 0"):
+        token_logps_from_hidden(hidden, weight, labels, chunk_tokens=0)
+
+
+def test_masked_mean_leaves_out_what_does_not_count() -> None:
+    values = torch.tensor([[1.0, 2.0], [6.0, float("nan")]], dtype=torch.float64, requires_grad=True)
+    mean = masked_mean(values, torch.tensor([[True, True], [True, False]]))
+    mean.backward()
+    assert float(mean.detach()) == 3.0
+    assert values.grad is not None
+    assert values.grad.tolist() == [[1 / 3, 1 / 3], [1 / 3, 0.0]]
+    with pytest.raises(ValueError, match="the mask is empty"):
+        masked_mean(values, torch.zeros(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="must have one shape"):
+        masked_mean(values, torch.ones(2, dtype=torch.bool))
