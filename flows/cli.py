@@ -115,6 +115,24 @@ def fsck(
 
 
 @app.command()
+def gc(
+    home: Home = DEFAULT_HOME,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+) -> None:
+    """Remove files older than a day that no artifact names, and broken uploads."""
+    from pipeline_lib.storage.fsck import gc as collect_garbage
+    from tasks.services import open_store
+
+    with open_store(home) as (_, store):
+        took = collect_garbage(store, dry_run=dry_run)
+    verb = "would remove" if dry_run else "removed"
+    print(
+        f"{verb} {took.num_blobs} files ({took.num_bytes / (1 << 20):.1f} MiB), "
+        f"{took.num_checkpoint_files} files of ended checkpoints, {took.num_uploads} broken uploads"
+    )
+
+
+@app.command()
 def rollback(config: Config, home: Home = DEFAULT_HOME) -> None:
     """Make the former champion champion again, and bar the present one."""
     from pipeline_lib.stages.promote import roll_back

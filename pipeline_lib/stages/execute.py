@@ -25,6 +25,7 @@ from pipeline_lib.stages.child import run_in_child
 from pipeline_lib.stages.contract import Events, StageContext, StageOutput
 from pipeline_lib.stages.faults import kill_point
 from pipeline_lib.storage.checkpoints import Checkpoints
+from pipeline_lib.storage.embedded import hold
 from pipeline_lib.storage.lease import Lease
 from pipeline_lib.storage.s3 import S3Settings
 from pipeline_lib.storage.store import ArtifactStore
@@ -87,7 +88,8 @@ def run_here(job: Job, *, store: ArtifactStore, events: Events, should_stop: Cal
     work = job.home / "work"
     work.mkdir(parents=True, exist_ok=True)
     sweep_dead_workdirs(work)
-    with Lease.acquire(store, key, owner=f"{socket.gethostname()}/{os.getpid()}") as lease:
+    # Held so that a child whose flow was killed can still commit its checkpoint to the embedded server.
+    with hold(job.home), Lease.acquire(store, key, owner=f"{socket.gethostname()}/{os.getpid()}") as lease:
         found = store.find(key)  # another process may have finished while this one waited
         if found is not None:
             return found
