@@ -170,14 +170,15 @@ def up(
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect's UI.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's UI.")] = 5000,
 ) -> None:
-    """Start the embedded servers with their pages, and keep them until Ctrl-C."""
+    """Start the embedded servers with their pages, serve the presets as deployments, until Ctrl-C."""
     from flows.embedded import prefect_api
     from flows.pages import mlflow_pages
+    from flows.served import served_presets
     from tasks.services import open_store, tracking_settings
 
     with open_store(home) as (storage, _), prefect_api(home, port=prefect_port) as api:
         settings = tracking_settings(home, storage)
-        with mlflow_pages(settings, home, port=mlflow_port) as pages:
+        with mlflow_pages(settings, home, port=mlflow_port) as pages, served_presets(home):
             print(f"Prefect  {api.removesuffix('/api')}\nMLflow   {pages}\nS3       {storage.endpoint_url}")
             print('Ctrl-C ends them. Other terminals: eval "$(prefline env)"', flush=True)
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
