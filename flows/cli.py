@@ -24,17 +24,21 @@ app = typer.Typer(
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a preset in configs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.path=value; may be given several times.")]
 Home = Annotated[Path, typer.Option("--home", envvar="PREFLINE_HOME", help="Folder of the embedded servers.")]
+OptionalHome = Annotated[
+    Path | None, typer.Option("--home", envvar="PREFLINE_HOME", help="Folder of the embedded servers (runtime.home).")
+]
 DEFAULT_HOME = Path(".prefline")
 _TYPER_INTERRUPTED = 130
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None, home: Home = DEFAULT_HOME) -> None:
+def run(config: Config, overrides: Overrides = None, home: OptionalHome = None) -> None:
     """Run the pipeline, or what is left of it, and print what came out."""
     from flows.embedded import prefect_api
     from tasks.progress import console
 
-    loaded = _load(config, [*(overrides or []), f"runtime.home={home}"])
+    loaded = _load(config, [*(overrides or []), *([f"runtime.home={home}"] if home is not None else [])])
+    home = loaded.runtime.home
     started = time.monotonic()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with _interruptible(), prefect_api(home):
@@ -228,15 +232,16 @@ def _summary(result: Any, *, seconds: float) -> str:
             f"Model:     {promotion.model_name} version {promotion.version}, alias {promotion.alias}",
             f"Artifacts: {result.winner_uri}",
         ]
-    lines += [
-        f"Report:    {result.report_path}",
-        f"Took {seconds:.0f} s.",
-        "",
-        "Next:",
-        f"  prefline explain models:/{name}     the model's lineage, back to its rows",
-        f'  prefline ask "What does shutil.copytree do?" --model models:/{name}',
-        "  prefline up                         the runs in Prefect and MLflow",
-    ]
+    lines += [f"Report:    {result.report_path}", f"Took {seconds:.0f} s.", "", "Next:"]
+    if promotion.version is None:
+        rejected = next(candidate for candidate in verdict.candidates)
+        lines += [f"  prefline explain {rejected.model.id[:12]}     a rejected candidate's lineage, back to its rows"]
+    else:
+        lines += [
+            f"  prefline explain models:/{name}     the model's lineage, back to its rows",
+            f'  prefline ask "What does shutil.copytree do?" --model models:/{name}',
+        ]
+    lines += ["  prefline up                         the runs in Prefect and MLflow; start runs by form"]
     return "\n".join(lines)
 
 

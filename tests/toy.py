@@ -30,7 +30,7 @@ from pipeline_lib.training.recipes.preference import PreferenceRecipe
 from pipeline_lib.training.recipes.reward import RewardRecipe
 from pipeline_lib.training.recipes.sft import SftRecipe
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.settings import OfflineSettings, OptimizerSettings, PpoSettings
+from pipeline_lib.training.settings import OfflineSettings, OptimizerSettings, PpoSettings, TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, prepare
 
 torch.set_num_threads(1)  # models this small only lose by more, the more so on a busy machine
@@ -104,7 +104,7 @@ def settings(**changes: Any) -> OfflineSettings:
     return OfflineSettings(optimizer=OptimizerSettings(**optimizer), **(values | changes))
 
 
-def policy_of(directory: Path, chosen: OfflineSettings) -> TrainedModel:
+def policy_of(directory: Path, chosen: TrainingSettings) -> TrainedModel:
     """The tiny policy of a folder, ready for training."""
     model = load_causal_model(directory, dtype=torch.float32)
     return prepare(model, directory, chosen, seed=chosen.seed)
@@ -129,7 +129,7 @@ def write_reward_model(base: Path, directory: Path) -> Path:
 
 def ppo_settings(**changes: Any) -> PpoSettings:
     """Settings of a PPO of seconds."""
-    shared = settings().model_dump(exclude={"epochs", "max_steps", "max_response_tokens"})
+    shared = settings().model_dump(include=set(TrainingSettings.model_fields))
     values = shared | {
         "batch_size": 6, "iterations": 2, "minibatches": 2, "ppo_epochs": 2, "max_new_tokens": 8,
         "optimizer": OptimizerSettings(learning_rate=1e-3, schedule="constant", warmup_frac=0.0),
@@ -193,7 +193,7 @@ class World:
         """A world in an empty folder."""
         return cls(workdir / "work", FolderCheckpoints(workdir / "kept"))
 
-    def loop(self, recipe: Recipe, chosen: OfflineSettings, *, every_s: float = 1e9) -> TrainingLoop:
+    def loop(self, recipe: Recipe, chosen: TrainingSettings, *, every_s: float = 1e9) -> TrainingLoop:
         """A loop over a recipe in this world."""
         hooks = LoopHooks(
             on_step=lambda step, figures: self.told.append((step, dict(figures))),
@@ -201,7 +201,7 @@ class World:
             should_stop=lambda: self.should_stop(),
         )
         return TrainingLoop(
-            recipe, chosen.optimizer, seed=chosen.seed, workdir=self.workdir, checkpoints=self.checkpoints,
+            recipe, chosen, workdir=self.workdir, checkpoints=self.checkpoints,
             checkpoint_every_s=every_s, hooks=hooks,
         )  # fmt: skip
 

@@ -79,7 +79,7 @@ def train(
         should_stop=context.should_stop,
     )
     loop = TrainingLoop(
-        recipe, settings.optimizer, seed=settings.seed, workdir=context.workdir.parent / "checkpoints",
+        recipe, settings, workdir=context.workdir.parent / "checkpoints",
         checkpoints=context.checkpoints, checkpoint_every_s=context.checkpoint_every_s, hooks=hooks,
     )  # fmt: skip
     series = loop.run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,13 +34,23 @@ class CheckpointStore(Protocol):
         """Write a checkpoint's verified files into a directory."""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds besides weights and optimizer."""
+
+    counters: dict[str, Any]
+    """The loop's step and series."""
+    recipe: RecipeState
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    """The moving average of the weights, by parameter; empty without one."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The best weights on held-out rows so far; empty without early stopping, or before its first measurement."""
+    stopping: dict[str, float | int] = field(default_factory=dict)
+    """Early stopping's counters."""
+
+
 def write_checkpoint(
-    directory: Path,
-    *,
-    groups: list[ParameterGroup],
-    optimizer: torch.optim.Optimizer,
-    recipe_state: RecipeState,
-    counters: Mapping[str, Any],
+    directory: Path, *, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, state: Checkpoint
 ) -> None:
     """Write everything that the next step depends on into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -52,17 +63,14 @@ def write_checkpoint(
                 moments[f"{group.name}/{name}#{key}"] = torch.as_tensor(value).cpu().contiguous().clone()
     save_file(weights, directory / "weights.safetensors")
     save_file(moments, directory / "optimizer.safetensors")
-    save_file(
-        {key: value.cpu().contiguous().clone() for key, value in recipe_state.tensors.items()},
-        directory / "recipe.safetensors",
-    )
-    state = {"counters": dict(counters), "recipe": recipe_state.values}
-    (directory / "state.json").write_bytes(canonical_json(state))
+    for name, tensors in (("recipe", state.recipe.tensors), ("averages", state.averages), ("best", state.best)):
+        kept = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(kept, directory / f"{name}.safetensors")
+    values = {"counters": state.counters, "recipe": state.recipe.values, "stopping": state.stopping}
+    (directory / "state.json").write_bytes(canonical_json(values))
 
 
-def read_checkpoint(
-    directory: Path, *, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer
-) -> tuple[RecipeState, dict[str, Any]]:
+def read_checkpoint(directory: Path, *, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer) -> Checkpoint:
     """Load a checkpoint into parameters and optimizer, and return the rest.
 
     Raises:
@@ -94,5 +102,10 @@ def read_checkpoint(
             f"the checkpoint of step {state['counters']['step']} holds no optimizer state of {', '.join(without)}",
             next_step="delete the checkpoint; the training then starts from the one before it, or anew",
         )
-    recipe_state = RecipeState(load_file(directory / "recipe.safetensors"), state["recipe"])
-    return recipe_state, dict(state["counters"])
+    return Checkpoint(
+        counters=dict(state["counters"]),
+        recipe=RecipeState(load_file(directory / "recipe.safetensors"), state["recipe"]),
+        averages=load_file(directory / "averages.safetensors"),
+        best=load_file(directory / "best.safetensors"),
+        stopping=dict(state["stopping"]),
+    )

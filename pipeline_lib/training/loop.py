@@ -1,28 +1,32 @@
 """The training loop: every objective runs through it, PPO included.
 
-One step: its forwards, gradients normalised by what the whole step counts, guards, clipping,
-AdamW, schedule, figures, and a checkpoint where one is due. A stop request ends the loop after the
-step with a checkpoint. Every random draw is a function of (seed, step).
+One step: its forwards, gradients normalised by what the whole step counts and summed over the
+processes, guards, clipping, optimizer, schedule, moving average, figures, and a checkpoint where one
+is due. A stop request ends the loop with a checkpoint. Every random draw is a function of (seed, step).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from pipeline_lib.errors import InterruptedRunError
+from pipeline_lib.errors import InterruptedRunError, ResumeMismatchError
 from pipeline_lib.hashing import derive_seed
-from pipeline_lib.training.checkpoint import CheckpointStore, read_checkpoint, write_checkpoint
+from pipeline_lib.models.precision import default_device
+from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, write_checkpoint
+from pipeline_lib.training.early_stopping import EarlyStopping
+from pipeline_lib.training.ema import WeightAverage
+from pipeline_lib.training.group import ProcessGroup, add_figures
 from pipeline_lib.training.guards import (
     require_finite,
     require_finite_weights,
@@ -30,8 +34,9 @@ from pipeline_lib.training.guards import (
     require_responses,
     require_trainable,
 )
+from pipeline_lib.training.optimizer import build_optimizer, learning_rate_at
 from pipeline_lib.training.recipe import Figure, Recipe, StopRequestedError
-from pipeline_lib.training.settings import OptimizerSettings
+from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -56,33 +61,14 @@ class _Progress:
     series: list[dict[str, float]] = field(default_factory=list)
 
 
-def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings) -> float:
-    """Return the factor on the peak learning rate at a step, counted from 0.
-
-    Linear warm-up over `warmup_frac` of the steps, then constant, linear to 0, or cosine to
-    `final_frac`.
-    """
-    warmup = math.ceil(settings.warmup_frac * num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if settings.schedule == "constant":
-        return 1.0
-    done_frac = (step - warmup) / max(1, num_steps - warmup)
-    if settings.schedule == "linear":
-        return 1.0 - done_frac
-    cosine = 0.5 * (1 + math.cos(math.pi * done_frac))
-    return settings.final_frac + (1 - settings.final_frac) * cosine
-
-
 class TrainingLoop:
     """Trains a recipe from its newest valid checkpoint to its last step."""
 
     def __init__(
         self,
         recipe: Recipe,
-        settings: OptimizerSettings,
+        settings: TrainingSettings,
         *,
-        seed: int,
         workdir: Path,
         checkpoints: CheckpointStore,
         checkpoint_every_s: float,
@@ -92,28 +78,28 @@ class TrainingLoop:
 
         Args:
             recipe: What is trained.
-            settings: AdamW and its schedule; groups carry their own peak learning rate.
-            seed: Seed from which every step's randomness is derived.
+            settings: Optimizer, schedule, averaging, early stopping, and the seed from which every step's
+                randomness is derived; parameter groups carry their own peak learning rate.
             workdir: Directory for checkpoint files before they are committed.
             checkpoints: Where they are committed.
             checkpoint_every_s: Seconds between checkpoints, at most.
             hooks: Figures and progress out, stop requests in.
         """
-        self.recipe, self.settings, self.seed = recipe, settings, seed
+        self.recipe, self.settings = recipe, settings
         self.workdir, self.checkpoints, self.hooks = workdir, checkpoints, hooks
         self.checkpoint_every_s = checkpoint_every_s
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.processes = ProcessGroup()
+        self.device = default_device()
         self.groups = list(recipe.parameter_groups())
         require_trainable(self.groups)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(g.parameters.values()), "lr": g.learning_rate} for g in self.groups],
-            betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay,
-            fused=True,
-        )  # fmt: skip
+        self.optimizer = build_optimizer(self.groups, settings.optimizer)
+        self.average = WeightAverage(self.groups, settings.ema_decay) if settings.ema_decay is not None else None
+        stopping = settings.early_stopping if isinstance(settings, OfflineSettings) else None
+        self.stopping = EarlyStopping(self.groups, stopping) if stopping is not None else None
         self.progress = _Progress()
 
     def run(self) -> list[dict[str, float]]:
-        """Train to the last step.
+        """Train to the last step, or until held-out rows no longer gain.
 
         Returns:
             Every step's figures, `step` among them, from the first step on (resumed ones too).
@@ -124,11 +110,12 @@ class TrainingLoop:
         """
         self._resume()
         started = last_checkpoint = time.monotonic()
-        while self.progress.step < self.recipe.num_steps:
+        while self.progress.step < self.recipe.num_steps and not self._has_ended_early:
             try:
                 figures = self._step(self.progress.step)
             except StopRequestedError:
                 self._stop()
+            self._measure(self.progress.step, figures)
             self.progress.series.append({"step": self.progress.step, **figures})
             self.progress.step += 1
             self.hooks.on_step(self.progress.step - 1, figures)
@@ -140,48 +127,83 @@ class TrainingLoop:
             if not is_last and time.monotonic() - last_checkpoint >= self.checkpoint_every_s:
                 self._checkpoint()
                 last_checkpoint = time.monotonic()
-        assert len(self.progress.series) == self.recipe.num_steps, "the steps run are not the steps planned"
+        self._finish()
+        logger.info("trained %d steps in %.1f s", self.progress.step, time.monotonic() - started)
+        return self.progress.series
+
+    @property
+    def _has_ended_early(self) -> bool:
+        return self.stopping is not None and self.stopping.has_ended
+
+    def _finish(self) -> None:
+        """Check that the plan was carried out, and put the weights in place that training ends with."""
+        planned = self.progress.step if self._has_ended_early else self.recipe.num_steps
+        assert len(self.progress.series) == planned, "the steps run are not the steps planned"
+        if self.stopping is not None:
+            self.stopping.restore()
+            self.hooks.on_progress(
+                1.0, f"kept step {self.stopping.best_step + 1}, held-out loss {self.stopping.best_loss:.4f}"
+            )
+        elif self.average is not None:
+            self.average.apply()
         require_finite_weights(
             (f"{g.name}/{name}", parameter) for g in self.groups for name, parameter in g.parameters.items()
         )
-        logger.info("trained %d steps in %.1f s", self.recipe.num_steps, time.monotonic() - started)
-        return self.progress.series
+
+    def _measure(self, step: int, figures: dict[str, float]) -> None:
+        """Measure the held-out rows where that is due; with averaging, on the average."""
+        if self.stopping is None or not self.stopping.is_due(step, self.recipe.num_steps):
+            return
+        with self.average.applied() if self.average is not None else nullcontext():
+            loss = self.recipe.held_out_loss()
+            assert loss is not None, "early stopping needs held-out rows"
+            self.stopping.record(step, loss)
+        figures["held_out_loss"] = loss
 
     def _step(self, step: int) -> dict[str, float]:
-        torch.manual_seed(derive_seed(self.seed, "step", step))
-        factor = learning_rate_at(step, self.recipe.num_steps, self.settings)
+        torch.manual_seed(derive_seed(self.settings.seed, "step", step))
+        factor = learning_rate_at(step, self.recipe.num_steps, self.settings.optimizer)
         for group, slot in zip(self.groups, self.optimizer.param_groups, strict=True):
             slot["lr"] = group.learning_rate * factor
-        device = self.accelerator.device
-        batches = [batch.to(device) for batch in self.recipe.micro_batches(step)]
+        batches = [batch.to(self.device) for batch in self.recipe.micro_batches(step)]
         require_responses(batches)
-        totals: dict[str, Figure] = {}
-        loss_sum = 0.0
-        for batch in batches:
-            if self.hooks.should_stop():
-                raise StopRequestedError
-            result = self.recipe.loss(batch, batches)
-            loss = float(result.loss.detach())
-            require_finite(loss, what="the loss", step=step, batches=[batch])
-            loss_sum += loss
-            self.accelerator.backward(result.loss)
-            for name, figure in result.figures.items():
-                before = totals.get(name, Figure(0.0, 0.0))
-                totals[name] = Figure(before.total + figure.total, before.count + figure.count)
-        figures = {"loss": loss_sum, **{name: figure.mean for name, figure in totals.items()}}
+        totals = self._accumulate(step, batches)
+        figures = {name: figure.mean for name, figure in totals.items()}
         if step == 0:
             self.recipe.check_start(step, figures)
         for group in self.groups:
-            norm = float(nn.utils.clip_grad_norm_(group.parameters.values(), self.settings.max_grad_norm))
+            norm = float(nn.utils.clip_grad_norm_(group.parameters.values(), self.settings.optimizer.max_grad_norm))
             require_finite(norm, what=f"the gradient norm of {group.name}", step=step, batches=batches)
             if step == 0:
                 require_gradient(norm, step=step)
             figures[f"grad_norm_{group.name}"] = norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
         figures["learning_rate"] = self.groups[0].learning_rate * factor
         figures.update(self.recipe.after_step(step))
         return figures
+
+    def _accumulate(self, step: int, batches: list[TreeBatch]) -> dict[str, Figure]:
+        """Sum loss, gradient and figures over a step's forwards, this process's and the others'."""
+        is_alone = self.processes.size == 1
+        if not is_alone and self.processes.from_first(self.hooks.should_stop()):
+            raise StopRequestedError
+        totals: dict[str, Figure] = {}
+        for batch in self.processes.share(batches):
+            # Processes may only stop together, so where there are more, between steps alone.
+            if is_alone and self.hooks.should_stop():
+                raise StopRequestedError
+            with self.recipe.training_forward(batch):
+                result = self.recipe.loss(batch, batches)
+                loss = float(result.loss.detach())
+                require_finite(loss, what="the loss", step=step, batches=[batch])
+                result.loss.backward()
+            add_figures(totals, {"loss": Figure(loss, 0.0), **result.figures})
+        self.processes.sum_gradients(parameter for g in self.groups for parameter in g.parameters.values())
+        totals = self.processes.sum_figures(totals)
+        return {**totals, "loss": Figure(totals["loss"].total, 1.0)}
 
     def _stop(self) -> NoReturn:
         """Commit the state before the step that was broken off, and end."""
@@ -193,23 +215,38 @@ class TrainingLoop:
         )
 
     def _checkpoint(self) -> None:
+        if not self.processes.is_first:
+            return
         step = self.progress.step
         directory = self.workdir / f"checkpoint-{step:08d}"
-        write_checkpoint(
-            directory, groups=self.groups, optimizer=self.optimizer, recipe_state=self.recipe.state(),
+        state = Checkpoint(
             counters={"step": step, "series": self.progress.series},
-        )  # fmt: skip
+            recipe=self.recipe.state(),
+            averages=self.average.averages if self.average is not None else {},
+            best=self.stopping.best if self.stopping is not None else {},
+            stopping=self.stopping.counters() if self.stopping is not None else {},
+        )
+        write_checkpoint(directory, groups=self.groups, optimizer=self.optimizer, state=state)
         self.checkpoints.save(step, directory, {"num_steps": self.recipe.num_steps})
 
     def _resume(self) -> None:
         found = self.checkpoints.latest()
-        if found is None:
+        step = self.processes.from_first(found[0] if found is not None else None)
+        if step is None:
             return
-        step, _ = found
         directory = self.checkpoints.fetch(step, self.workdir / f"resume-{step:08d}")
-        state, counters = read_checkpoint(directory, groups=self.groups, optimizer=self.optimizer)
-        self.recipe.load_state(state)
-        self.progress = _Progress(step=int(counters["step"]), series=list(counters["series"]))
+        state = read_checkpoint(directory, groups=self.groups, optimizer=self.optimizer)
+        if bool(state.averages) != (self.average is not None) or bool(state.stopping) != (self.stopping is not None):
+            raise ResumeMismatchError(
+                "the checkpoint was made with another ema_decay or early_stopping",
+                next_step="run with the configuration that the checkpoint was made with",
+            )
+        self.recipe.load_state(state.recipe)
+        if self.average is not None:
+            self.average.load(state.averages)
+        if self.stopping is not None:
+            self.stopping.load(state.stopping, state.best)
+        self.progress = _Progress(step=int(state.counters["step"]), series=list(state.counters["series"]))
         self.hooks.on_progress(step / self.recipe.num_steps, f"resumed from the checkpoint of step {step}")
 
 
@@ -217,8 +254,3 @@ def write_series(series: list[dict[str, Any]], file: TextIO) -> None:
     """Write step figures as JSON lines."""
     for row in series:
         file.write(json.dumps(row, sort_keys=True) + "\n")
-
-
-def named_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model that have a gradient, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

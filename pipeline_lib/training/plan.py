@@ -20,6 +20,8 @@ class DataPlan:
 
     trees: tuple[Tree, ...]
     settings: TrainingSettings
+    held_out: tuple[Tree, ...] = ()
+    """Rows that are measured for early stopping and not trained on."""
 
     @classmethod
     def of(cls, trees: Sequence[Tree], settings: TrainingSettings) -> DataPlan:
@@ -36,6 +38,9 @@ class DataPlan:
         if settings.max_rows is not None and settings.max_rows < len(trees):
             chosen = permutation(len(trees), settings.seed, "rows")[: settings.max_rows]
             trees = [trees[index] for index in sorted(chosen)]
+        if isinstance(settings, OfflineSettings) and settings.early_stopping is not None:
+            trees, held_out = _hold_out(trees, settings.early_stopping.held_out_frac, settings.seed)
+            return cls(tuple(trees), settings, tuple(held_out))
         return cls(tuple(trees), settings)
 
     @property
@@ -70,6 +75,26 @@ class DataPlan:
             order = permutation(len(self.trees), self.settings.seed, "epoch", epoch)
             batch += [self.trees[index] for index in order[place : place + size - len(batch)]]
         return batch
+
+
+def _hold_out(trees: Sequence[Tree], frac: float, seed: int) -> tuple[list[Tree], list[Tree]]:
+    """Part rows into trained and held-out ones, by prompt: no prompt is on both sides.
+
+    Raises:
+        DataError: There are too few prompts for two sides.
+    """
+    prompts = sorted({tree.prompt_ids for tree in trees})
+    num_held_out = max(1, round(frac * len(prompts)))
+    if num_held_out >= len(prompts):
+        raise DataError(
+            f"{len(prompts)} different prompts are too few to hold {frac:.0%} out for early stopping",
+            next_step="collect more rows, or set early_stopping: null",
+        )
+    chosen = {prompts[index] for index in permutation(len(prompts), seed, "held out")[:num_held_out]}
+    return (
+        [tree for tree in trees if tree.prompt_ids not in chosen],
+        [tree for tree in trees if tree.prompt_ids in chosen],
+    )
 
 
 def permutation(size: int, seed: int, *scope: str | int) -> list[int]:

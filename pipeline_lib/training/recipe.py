@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,8 +68,14 @@ class Recipe(Protocol):
     def micro_batches(self, step: int) -> Sequence[TreeBatch]:
         """Return the forwards of an optimizer step; a function of (seed, step) and the state."""
 
+    def training_forward(self, batch: TreeBatch) -> AbstractContextManager[None]:
+        """Return the context that a forward's loss and gradient are computed in."""
+
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
         """Return the loss of one forward, normalised by what all of the step's batches count."""
+
+    def held_out_loss(self) -> float | None:
+        """Return the loss on the rows held out for early stopping, without gradient; None without any."""
 
     def after_step(self, step: int) -> dict[str, float]:
         """Finish a step; return figures that belong to it as a whole."""

@@ -11,12 +11,14 @@ from pipeline_lib.validation import Frozen
 
 
 class OptimizerSettings(Frozen):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "adafactor", "rmsprop", "adamw_8bit"] = "adamw"
+    """adamw_8bit needs CUDA and bitsandbytes; adafactor keeps no first moment."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the moment averages."""
+    """Decay of AdamW's moment averages."""
     epsilon: float = Field(1e-8, gt=0)
     """Added to the denominator."""
     weight_decay: float = Field(0.0, ge=0)
@@ -43,13 +45,30 @@ class TrainingSettings(Frozen):
     max_prompt_tokens: int = Field(512, ge=8)
     """Longer prompts lose their beginning."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     lora: LoraSettings | None = Field(LoraSettings(), title="LoRA adapters")
     """Low-rank adapters; null trains every weight."""
     precision: Precision = "auto"
     """bf16 where the processor multiplies it fast, else fp32; trained weights are always fp32."""
+    gradient_checkpointing: bool = False
+    """Keep the activations of layer borders only and compute the others again: less memory, more time."""
+    ema_decay: float | None = Field(None, gt=0, lt=1, title="EMA decay")
+    """The result is the moving average of the weights with this decay; null: the last weights."""
     seed: int = Field(0, ge=0)
     """Seed of the data order, the adapters and every sample."""
+
+
+class EarlyStoppingSettings(Frozen):
+    """Stop where held-out rows no longer gain; the best weights are the result."""
+
+    held_out_frac: float = Field(0.1, gt=0, lt=1)
+    """Share of the stage's own rows that is measured on and not trained on, chosen by the seed."""
+    every_steps: int = Field(10, ge=1)
+    """Optimizer steps between two measurements; the last step is always measured."""
+    patience: int = Field(3, ge=1)
+    """Measurements in a row without a gain after which training ends."""
+    min_gain: float = Field(0.0, ge=0)
+    """A loss counts as better where it is lower by more than this."""
 
 
 class OfflineSettings(TrainingSettings):
@@ -61,6 +80,10 @@ class OfflineSettings(TrainingSettings):
     """Stop after this many optimizer steps, whatever the epochs."""
     max_response_tokens: int = Field(512, ge=4)
     """Longer responses are cut, and then carry no end-of-turn token."""
+    neftune_alpha: float | None = Field(None, gt=0, title="NEFTune alpha")
+    """Noise on the input embeddings while training, uniform within alpha / sqrt(tokens * width); null: none."""
+    early_stopping: EarlyStoppingSettings | None = None
+    """Stop early on held-out rows; null: train all steps."""
 
 
 class PpoSettings(TrainingSettings):

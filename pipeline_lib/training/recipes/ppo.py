@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic
+from pipeline_lib.training.forward import training_forward
 from pipeline_lib.training.plan import DataPlan, permutation
 from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss, StopRequestedError
 from pipeline_lib.training.reference import Reference
@@ -92,6 +94,14 @@ class PpoRecipe:
         members = order[minibatch :: self.settings.minibatches]
         self._estimate_advantages(rollouts, members)
         return self.layout.batches([rollouts.trees[index] for index in members])
+
+    def training_forward(self, batch: TreeBatch) -> AbstractContextManager[None]:
+        """Return the context of a forward that is trained on: of policy and value function."""
+        models = [self.policy.model, self.critic.value.model]
+        return training_forward(models, batch, gradient_checkpointing=self.settings.gradient_checkpointing)
+
+    def held_out_loss(self) -> None:
+        """Return nothing: PPO's rows are its own samples."""
 
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
         """Return the clipped policy loss plus the weighted clipped value loss, token means."""

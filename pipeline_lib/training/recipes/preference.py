@@ -40,7 +40,7 @@ class PreferenceRecipe(OfflineRows):
         reference: ReferenceLogps,
     ) -> None:
         """Take the model, pairs (chosen first), the formula and the reference's figures."""
-        super().__init__(plan, layout)
+        super().__init__(policy, plan, layout)
         self.policy, self.objective, self.reference = policy, objective, reference
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:

@@ -67,7 +67,7 @@ class RewardRecipe(OfflineRows):
         self, reward_model: TrainedModel, plan: DataPlan, layout: Layout, *, ranks: Ranks, centring: float
     ) -> None:
         """Take the model, its rows, their ranks, and the weight of the centring term."""
-        super().__init__(plan, layout)
+        super().__init__(reward_model, plan, layout)
         self.reward_model, self.ranks, self.centring = reward_model, ranks, centring
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:

@@ -11,7 +11,7 @@ from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.plan import DataPlan
-from pipeline_lib.training.recipe import Figure, ParameterGroup, StepLoss
+from pipeline_lib.training.recipe import Figure, StepLoss
 from pipeline_lib.training.recipes.offline import OfflineRows
 from pipeline_lib.training.trained_model import TrainedModel
 
@@ -21,12 +21,8 @@ class SftRecipe(OfflineRows):
 
     def __init__(self, policy: TrainedModel, plan: DataPlan, layout: Layout) -> None:
         """Take the model and its rows."""
-        super().__init__(plan, layout)
+        super().__init__(policy, plan, layout)
         self.policy = policy
-
-    def parameter_groups(self) -> Sequence[ParameterGroup]:
-        """Return the policy's parameters."""
-        return [self.policy.group("policy", learning_rate=self.plan.settings.optimizer.learning_rate)]
 
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
         """Return the token mean over all of the step's counted tokens."""

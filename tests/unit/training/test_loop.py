@@ -12,7 +12,7 @@ from pipeline_lib.errors import DivergedError, InterruptedRunError
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch, pack
-from pipeline_lib.training.loop import learning_rate_at
+from pipeline_lib.training.optimizer import learning_rate_at
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import ParameterGroup, Recipe, StepLoss
 from pipeline_lib.training.recipes.sft import SftRecipe

@@ -138,7 +138,8 @@ def test_a_checkpoint_holds_everything_as_safetensors_and_json(directory: Path, 
     stopped(directory, world)
     folder = world.checkpoints.folder / "2"
     assert {path.name for path in folder.iterdir()} == {
-        "weights.safetensors", "optimizer.safetensors", "recipe.safetensors", "state.json",
+        "weights.safetensors", "optimizer.safetensors", "recipe.safetensors", "averages.safetensors",
+        "best.safetensors", "state.json",
     }  # fmt: skip
     weights, moments = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
     assert set(moments) == {f"{name}#{slot}" for name in weights for slot in ("step", "exp_avg", "exp_avg_sq")}

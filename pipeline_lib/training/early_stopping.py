@@ -1,0 +1,67 @@
+"""Early stopping: measure held-out rows now and then, keep the best weights, stop where none gets better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline_lib.training.recipe import ParameterGroup
+from pipeline_lib.training.settings import EarlyStoppingSettings
+
+
+class EarlyStopping:
+    """The best held-out loss so far and the weights that had it; all of it is in a checkpoint."""
+
+    def __init__(self, groups: Sequence[ParameterGroup], settings: EarlyStoppingSettings) -> None:
+        """Start without any measurement."""
+        self.groups, self.settings = list(groups), settings
+        self.best_loss = math.inf
+        self.best_step = -1
+        self.num_worse = 0
+        self.best: dict[str, Tensor] = {}
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Tell whether the weights after a step are to be measured; the last step's always are."""
+        return (step + 1) % self.settings.every_steps == 0 or step + 1 == num_steps
+
+    @property
+    def has_ended(self) -> bool:
+        """True once `patience` measurements in a row were no better."""
+        return self.num_worse >= self.settings.patience
+
+    @torch.no_grad()
+    def record(self, step: int, held_out_loss: float) -> None:
+        """Take a measurement in; not finite counts as worse."""
+        if not held_out_loss < self.best_loss - self.settings.min_gain:
+            self.num_worse += 1
+            return
+        self.best_loss, self.best_step, self.num_worse = held_out_loss, step, 0
+        self.best = {key: parameter.detach().clone() for key, parameter in self._parameters()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best weights back, where there are any."""
+        for key, parameter in self._parameters():
+            if key in self.best:
+                parameter.copy_(self.best[key])
+
+    def counters(self) -> dict[str, float | int]:
+        """Return what a checkpoint holds besides the best weights."""
+        best = self.best_loss if math.isfinite(self.best_loss) else -1.0
+        return {"best_loss": best, "best_step": self.best_step, "num_worse": self.num_worse}
+
+    def load(self, counters: dict[str, float | int], best: dict[str, Tensor]) -> None:
+        """Take a checkpoint's state back."""
+        self.best_step, self.num_worse = int(counters["best_step"]), int(counters["num_worse"])
+        self.best_loss = float(counters["best_loss"]) if self.best_step >= 0 else math.inf
+        self.best = {
+            key: best[key].to(parameter.device) for key, parameter in self._parameters() if key in best
+        }  # on the parameters' device
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [
+            (f"{group.name}/{name}", parameter) for group in self.groups for name, parameter in group.parameters.items()
+        ]
