@@ -1,7 +1,7 @@
 """Every record that travels between stages, and the reference by which artifacts are named.
 
-Records are rows of JSONL. A row's id is the sha256 of its canonical content, so the same row has
-the same id wherever it was read.
+Records are rows of JSONL. A row's id is the sha256 of its canonical content (texts and what people
+said of them), so the same row has the same id wherever it was read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pipeline_lib.hashing import sha256_json
 from pipeline_lib.validation import Frozen
 
 Role = Literal["system", "user", "assistant"]
+Strength = Literal["significantly", "better", "slightly", "unsure"]
+"""How much better the better response is, in LLaMA-2's four words."""
 
 
 class ArtifactRef(Frozen):
@@ -50,6 +52,8 @@ class Response(Frozen):
 
     content: str
     author: Author = Author()
+    score: float | None = Field(None, allow_inf_nan=False)
+    """What people gave it (a rating, upvotes), higher is better; not a model's score."""
 
 
 class Origin(Frozen):
@@ -92,6 +96,12 @@ class Record(Frozen):
     """Rows with the same group share a split (the paraphrases of one question, one dialogue)."""
     split: Split | None = None
     """Set by the filter stage."""
+    strength: Strength | None = None
+    """How much better the better response is, where somebody said so."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """How much the row counts, e.g. the share of annotators that agree."""
+    tags: tuple[str, ...] = ()
+    """What the row is about, e.g. `helpful` or `safe`; training stages select rows by them."""
 
     @model_validator(mode="after")
     def _shape(self) -> Self:
@@ -101,6 +111,8 @@ class Record(Frozen):
             raise ValueError(f"{len(self.responses)} responses need {len(self.responses)} ranks")
         if len(self.responses) < 2 and self.ranks:
             raise ValueError("ranks are for two or more responses")
+        if self.strength is not None and len(self.responses) < 2:
+            raise ValueError("a strength of preference is for two or more responses")
         return self
 
     @classmethod
@@ -113,16 +125,30 @@ class Record(Frozen):
         origin: Origin,
         group: str = "",
         split: Split | None = None,
+        strength: Strength | None = None,
+        weight: float = 1.0,
+        tags: tuple[str, ...] = (),
     ) -> Self:
-        """Make a record whose id is the sha256 of its prompt, response texts and ranks."""
+        """Make a record whose id is the sha256 of its texts, its ranks and what else people said.
+
+        Tags are no part of the id, nor is the origin: they say where a row belongs, not what it is.
+        """
         content: dict[str, Any] = {
             "messages": [[message.role, message.content] for message in messages],
             "responses": [response.content for response in responses],
             "ranks": list(ranks),
         }
+        # Only where it is there, so that rows without it keep the id they always had.
+        if any(response.score is not None for response in responses):
+            content["scores"] = [response.score for response in responses]
+        if strength is not None:
+            content["strength"] = strength
+        if weight != 1.0:
+            content["weight"] = weight
         return cls(
             id=sha256_json(content), messages=messages, responses=responses, ranks=ranks,
             origin=origin, group=group or prompt_id(messages), split=split,
+            strength=strength, weight=weight, tags=tags,
         )  # fmt: skip
 
     @property

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline_lib.data.layouts import LAYOUTS, Mapped, detect, rename
+from pipeline_lib.data.labels import Mapped, labels_of
+from pipeline_lib.data.layouts import LAYOUTS, detect, rename
 from pipeline_lib.data.read import RawRow
 from pipeline_lib.data.refusal import BadRowError, reject_raw
 from pipeline_lib.schema import Author, Origin, Record, Rejection, Response
@@ -17,7 +18,7 @@ from pipeline_lib.validation import Frozen
 _SAMPLE_ROWS = 8
 
 LayoutName = Literal[
-    "auto", "prompt_completion", "messages", "alpaca", "preference", "hh", "prompt", "ranked"
+    "auto", "prompt_completion", "messages", "alpaca", "preference", "hh", "prompt", "ranked", "compared", "systems"
 ]  # fmt: skip
 Note = Callable[[str], None]
 """Takes one line about what a source decided by itself."""
@@ -34,6 +35,8 @@ class FieldMapping(Frozen):
     """Make of each comparison a demonstration of its best response too."""
     author: Author = Author()
     """Who wrote the responses, where the rows do not say."""
+    tags: tuple[str, ...] = ()
+    """Tags of every row, besides those it carries itself, e.g. `[safe]`."""
 
 
 def map_rows(
@@ -95,10 +98,29 @@ def _checked(
     if not isinstance(group, str | int):
         raise BadRowError("E_TYPE", "group is neither text nor a whole number")
     place = origin.model_copy(update={"line": row.line})
-    responses = tuple(Response(content=text, author=mapping.author) for text in mapped.responses)
     group_name = f"{origin.source}:{group}" if group != "" else ""
-    records = [Record.create(mapped.prompt, responses, mapped.ranks, origin=place, group=group_name)]
+    labels = labels_of(values, mapped)
+    tags = tuple(dict.fromkeys((*mapping.tags, *labels.tags)))
+    responses = _responses(mapped, mapping)
+    records = [
+        Record.create(
+            mapped.prompt, responses, mapped.ranks, origin=place, group=group_name,
+            strength=labels.strength, weight=labels.weight, tags=tags,
+        )
+    ]  # fmt: skip
     if mapping.demonstrate_chosen and len(responses) >= 2 and mapped.ranks.count(1) == 1:
-        best = responses[mapped.ranks.index(1)]
-        records.append(Record.create(mapped.prompt, (best,), origin=place, group=group_name))
+        best = (responses[mapped.ranks.index(1)],)
+        records.append(
+            Record.create(mapped.prompt, best, origin=place, group=group_name, weight=labels.weight, tags=tags)
+        )
     return records
+
+
+def _responses(mapped: Mapped, mapping: FieldMapping) -> tuple[Response, ...]:
+    num = len(mapped.responses)
+    scores = mapped.scores or (None,) * num
+    authors = mapped.authors or (mapping.author,) * num
+    return tuple(
+        Response(content=text, author=author, score=score)
+        for text, author, score in zip(mapped.responses, authors, scores, strict=True)
+    )

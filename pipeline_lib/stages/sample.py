@@ -93,6 +93,7 @@ def _with_answer(record: Record, answer: Response) -> Record:
     return Record.create(
         record.messages, (*record.responses, answer), (*record.ranks, max(record.ranks)),
         origin=record.origin, group=record.group, split=record.split,
+        strength=record.strength, weight=record.weight, tags=record.tags,
     )  # fmt: skip
 
 

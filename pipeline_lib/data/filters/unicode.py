@@ -52,8 +52,9 @@ class Unicode(Frozen):
         if messages == record.messages and responses == record.responses:
             return record
         return Record.create(
-            messages, responses, record.ranks, origin=record.origin, group=record.group, split=record.split
-        )
+            messages, responses, record.ranks, origin=record.origin, group=record.group, split=record.split,
+            strength=record.strength, weight=record.weight, tags=record.tags,
+        )  # fmt: skip
 
     def _form(self, text: str) -> str:
         if self == _EVERYTHING:

@@ -107,6 +107,23 @@ EXPECTED: list[tuple[str, dict[str, Any], tuple[list[tuple[str, str]], list[str]
         "ranked", {"prompt": "p", "responses": [{"text": "a"}, {"content": "b"}, "c"], "scores": [0.1, 7, 0.1]},
         ([("user", "p")], ["a", "b", "c"], [2, 1, 2]),
     ),
+    (
+        "ranked",
+        {"question": "q", "answers": [{"text": "a", "upvotes": 7}, {"text": "b", "upvotes": 3, "accepted": True},
+                                      {"text": "c", "upvotes": -1}]},
+        ([("user", "q")], ["a", "b", "c"], [1, 1, 2]),
+    ),
+    (
+        "compared", {"question": "q", "prediction 1": "a", "prediction 2": "b", "prediction 3": "c",
+                     "preference": [2, 0, 1]},
+        ([("user", "q")], ["a", "b", "c"], [2, 1, 2]),
+    ),
+    (
+        "systems",
+        {"question_text": "q", "systems": {"x": {"response": "a", "overall": {"overall-ranking": 2}},
+                                           "human": {"response": "b", "overall": {"overall-ranking": 1}}}},
+        ([("user", "q")], ["a", "b"], [2, 1]),
+    ),
 ]  # fmt: skip
 
 
@@ -176,6 +193,11 @@ def test_id_does_not_depend_on_the_place() -> None:
         ("hh_rlhf/helpful-rejection-sampled", 1656, {"E_DIVERGED": 2}),
         ("dolly/dolly", 1517, {}),
         ("alpaca/alpaca_sample", 5000, {"E_EMPTY_RESPONSE": 3}),
+        ("finegrained_rlhf/qa_feedback_k4", 255, {"E_CONTRADICTION": 7}),
+        ("squality_ranking/human_rankings_k3", 40, {}),
+        ("pandalm/pairwise_3annotators", 515, {"E_EMPTY_RESPONSE": 20, "E_EMPTY_PROMPT": 1}),
+        ("tulu_human_eval/annotations", 568, {"E_TYPE": 1}),
+        ("llmbar/natural", 100, {}),
     ],
 )
 def test_real_data_sets(name: str, num_rows: int, rejected: dict[str, int]) -> None:
