@@ -98,7 +98,7 @@ def settings(**changes: Any) -> OfflineSettings:
     optimizer = {"learning_rate": 1e-3, "schedule": "constant", "warmup_frac": 0.0}
     optimizer.update(changes.pop("optimizer", {}))
     values: dict[str, Any] = {
-        "batch_size": 4, "precision": "fp32", "lora": LORA, "seed": 3, "max_prompt_tokens": 256,
+        "batch_size": 4, "precision": "fp32", "adapter": LORA, "seed": 3, "max_prompt_tokens": 256,
         "max_response_tokens": 64,
     }  # fmt: skip
     return OfflineSettings(optimizer=OptimizerSettings(**optimizer), **(values | changes))

@@ -26,6 +26,7 @@ from transformers import (
 from pipeline_lib.errors import ModelNotFoundError
 from pipeline_lib.models.logprobs import require_plain_head
 from pipeline_lib.models.tiny import write_tiny_model
+from pipeline_lib.models.virtual_tokens import FOLDER, attach_saved, virtual_tokens_of
 from pipeline_lib.text.chat_template import ChatTokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -120,6 +121,8 @@ def _write_from_place(source: str, directory: Path, *, revision: str | None) -> 
 def load_causal_model(directory: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """Load a model artifact's language model, in evaluation mode, from verified local files.
 
+    Virtual tokens of the folder are attached, frozen.
+
     Raises:
         ConfigError: The model changes its logits after its head.
     """
@@ -127,7 +130,7 @@ def load_causal_model(directory: Path, *, dtype: torch.dtype) -> PreTrainedModel
         directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     require_plain_head(model.eval())
-    return model
+    return attach_saved(model, directory)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
@@ -140,8 +143,13 @@ def save_model(model: PreTrainedModel, directory: Path, *, dtype: torch.dtype, t
     """Write a model in its storage format, with the tokenizer files it was trained with.
 
     The tokenizer's files are copied, not written anew, so the template stays byte for byte.
+    Virtual tokens go into a folder of their own; the model given has none afterwards.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    tokens = virtual_tokens_of(model)
+    if tokens is not None:
+        tokens.write(directory / FOLDER)
+        tokens.detach_from(model)
     model.to(dtype)
     model.config.dtype = dtype
     model.config._name_or_path = ""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pipeline_lib.models.logprobs import hidden_states
+from pipeline_lib.models.virtual_tokens import attach_saved
 from pipeline_lib.text.pack import TreeBatch
 
 
@@ -23,7 +24,7 @@ def load_scalar_model(directory: Path, *, dtype: torch.dtype) -> PreTrainedModel
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
         directory, num_labels=1, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )  # fmt: skip
-    return model
+    return attach_saved(model, directory)
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:

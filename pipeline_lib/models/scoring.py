@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline_lib.models.adapters import in_evaluation_mode
 from pipeline_lib.models.heads import scores
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.text.encode import Tree
@@ -44,25 +45,25 @@ def response_logps(
     def logps(batch: TreeBatch) -> Tensor:
         return batch.sum_by_response(token_logps(model, batch).token_logp_N)
 
-    return _by_record(trees, layout, model.device, logps, on_batch)
+    return _by_record(trees, layout, model, logps, on_batch)
 
 
 def response_scores(model: PreTrainedModel, trees: Sequence[Tree], layout: Layout) -> dict[str, list[float]]:
     """Return the raw reward-model score of each response, by record id."""
-    return _by_record(trees, layout, model.device, lambda batch: scores(model, batch), None)
+    return _by_record(trees, layout, model, lambda batch: scores(model, batch), None)
 
 
 def _by_record(
     trees: Sequence[Tree],
     layout: Layout,
-    device: torch.device,
+    model: PreTrainedModel,
     figure_of: Callable[[TreeBatch], Tensor],
     on_batch: Callable[[int], None] | None,
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for batch in layout.batches(trees):
-        with torch.no_grad():
-            flat = figure_of(batch.to(device)).tolist()
+        with torch.no_grad(), in_evaluation_mode(model):
+            flat = figure_of(batch.to(model.device)).tolist()
         start = 0
         for tree in batch.trees:
             found[tree.record_id] = flat[start : start + len(tree.response_ids)]

@@ -27,7 +27,7 @@ def estimate_bytes(settings: TrainingSettings, *, num_parameters: int, width: in
         copies: Whole backbones in memory.
     """
     # Full training adds a gradient and two moments to every trained weight.
-    per_copy = 1 if settings.lora is not None else 4
+    per_copy = 1 if settings.adapter is not None else 4
     weights = num_parameters * _BYTES_PER_VALUE * copies * per_copy
     activations = settings.tokens_per_batch * layers * width * _ACTIVATIONS_PER_LAYER * _BYTES_PER_VALUE
     return weights + activations
@@ -51,7 +51,7 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
         "sft": (config.sft, 1),
         "reward": (config.reward, 1),
         "dpo": (config.dpo, 1),
-        "ppo": (config.ppo, 2 if config.ppo is None or config.ppo.lora is not None else 4),
+        "ppo": (config.ppo, 2 if config.ppo is None or config.ppo.adapter is not None else 4),
     }
     for name, (settings, copies) in stages.items():
         if settings is None:
@@ -63,5 +63,5 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
             raise MemoryLimitError(
                 f"stage {name} needs about {need / GIB:.1f} GiB, {limit_gib:.1f} GiB are there",
                 next_step=f"lower {name}.tokens_per_batch (now {settings.tokens_per_batch}), "
-                "train with adapters (lora), or take a smaller model.source",
+                "train an adapter instead of all weights, or take a smaller model.source",
             )

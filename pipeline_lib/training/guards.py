@@ -30,7 +30,7 @@ def require_trainable(groups: Sequence[ParameterGroup]) -> None:
         if not group.parameters:
             raise DivergedError(
                 f"{group.name} has no trainable weight: nothing is trained",
-                next_step="check lora.target_modules, or train all weights with `lora: null`",
+                next_step="check adapter.target_modules, or train all weights with `adapter: null`",
             )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline_lib.models.settings import LoraSettings, Precision
+from pipeline_lib.models.settings import AdapterSettings, LoraSettings, Precision
 from pipeline_lib.validation import Frozen
 
 
@@ -36,6 +37,8 @@ class OptimizerSettings(Frozen):
 class TrainingSettings(Frozen):
     """What every training stage has."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"lora": "'adapter' (name: lora; null trains every weight)"}
+
     max_rows: int | None = Field(None, ge=1)
     """Use at most this many rows, chosen by the seed."""
     batch_size: int = Field(16, ge=1)
@@ -46,8 +49,8 @@ class TrainingSettings(Frozen):
     """Longer prompts lose their beginning."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer and its schedule."""
-    lora: LoraSettings | None = Field(LoraSettings(), title="LoRA adapters")
-    """Low-rank adapters; null trains every weight."""
+    adapter: AdapterSettings | None = Field(LoraSettings(), title="Adapter")
+    """Which few weights are trained, by default LoRA's; null trains every weight."""
     precision: Precision = "auto"
     """bf16 where the processor multiplies it fast, else fp32; trained weights are always fp32."""
     gradient_checkpointing: bool = False
@@ -131,6 +134,13 @@ class PpoSettings(TrainingSettings):
     """What happens to the score of a response that did not end by itself."""
     missing_eos_value: float = -1.0
     """The score that replaces it, or what is added to it."""
+
+    @model_validator(mode="after")
+    def _has_no_dropout(self) -> Self:
+        # The ratio compares one model with itself some steps ago: with dropout it is noise from the start.
+        if getattr(self.adapter, "dropout", 0.0) > 0:
+            raise ValueError("adapter.dropout must be 0: PPO's log-probabilities are those of one network")
+        return self
 
     @model_validator(mode="after")
     def _minibatches_have_rollouts(self) -> Self:

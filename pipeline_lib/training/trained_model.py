@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline_lib.errors import DivergedError
-from pipeline_lib.models.adapters import add_lora, merge
+from pipeline_lib.errors import ConfigError
+from pipeline_lib.models.adapters import Adapter, add_adapter
 from pipeline_lib.models.base import save_model, stored_dtype
 from pipeline_lib.models.logprobs import supports_trees
+from pipeline_lib.models.merging import merge
 from pipeline_lib.models.precision import default_device, resolve_dtype
+from pipeline_lib.models.settings import PrefixSettings, QloraSettings
+from pipeline_lib.models.virtual_tokens import VirtualTokens, virtual_tokens_of
+from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.training.recipe import ParameterGroup
 from pipeline_lib.training.settings import TrainingSettings
 
@@ -24,9 +27,11 @@ class TrainedModel:
     """A model under training, with adapters or with all its weights."""
 
     model: PreTrainedModel
-    adapter: PeftModel | None
+    adapter: Adapter | None
     directory: Path
     """The folder it was loaded from."""
+    is_quantized: bool = False
+    """True where the frozen weights were rounded to four bits."""
 
     @property
     def is_packed(self) -> bool:
@@ -38,25 +43,30 @@ class TrainedModel:
         trained = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
         return ParameterGroup(name, trained, learning_rate)
 
+    @property
+    def starts_as_reference(self) -> bool:
+        """True where the model, untrained, answers as the one it was loaded as.
+
+        New virtual tokens stand in front of every prompt from the first step on, and a base in four
+        bits is another base.
+        """
+        if isinstance(self.adapter, VirtualTokens):
+            return self.adapter.before is not None
+        return not self.is_quantized
+
     def save(self, directory: Path) -> None:
         """Merge the adapters and write the model in the format that it was stored in.
+
+        Virtual tokens cannot be merged: they are written into a folder beside the weights.
 
         Raises:
             DivergedError: The model is, in that format, the one that training began with.
         """
         dtype = stored_dtype(self.directory)
-        if self.adapter is None:
-            save_model(self.model, directory, dtype=dtype, tokenizer_from=self.directory)
-            return
-        before = _adapted_weights(self.model, dtype)
-        whole = merge(self.adapter)
-        after = dict(whole.named_parameters())
-        if all(torch.equal(after[name].detach().to(dtype), weight) for name, weight in before.items()):
-            raise DivergedError(
-                f"training changed no weight in the storage format {dtype}",
-                next_step="raise the learning rate or the number of steps",
-            )
-        save_model(whole, directory, dtype=dtype, tokenizer_from=self.directory)
+        model = self.model
+        if isinstance(self.adapter, PeftModel):
+            model = merge(self.adapter, dtype=dtype)
+        save_model(model, directory, dtype=dtype, tokenizer_from=self.directory)
 
 
 def prepare(model: PreTrainedModel, directory: Path, settings: TrainingSettings, *, seed: int) -> TrainedModel:
@@ -67,28 +77,28 @@ def prepare(model: PreTrainedModel, directory: Path, settings: TrainingSettings,
     Args:
         model: Freshly loaded.
         directory: The folder it was loaded from.
-        settings: LoRA or full training.
+        settings: The adapter, or none for full training.
         seed: Seed of the adapters' initial weights.
+
+    Raises:
+        ConfigError: The adapter does not go with the model, the other settings or this machine.
     """
     device = default_device()
-    if settings.lora is None:
-        model = model.to(device=device, dtype=torch.float32)
+    found = virtual_tokens_of(model)
+    chosen = settings.adapter
+    if settings.gradient_checkpointing and (isinstance(chosen, PrefixSettings) or (found and found.kind == "prefix")):
+        raise ConfigError(
+            "gradient checkpointing computes a layer again without the trained keys in front of it",
+            next_step="set gradient_checkpointing: false, or take another adapter than prefix",
+        )
+    if chosen is None:
+        model = model.to(device=device, dtype=torch.float32).requires_grad_(requires_grad=True)
         return TrainedModel(model.eval(), None, directory)
     model = model.to(device)
-    adapter = add_lora(model, settings.lora, seed=seed)
-    adapter.eval() if settings.lora.dropout == 0 else adapter.train()
-    return TrainedModel(model, adapter, directory)
+    adapter = add_adapter(model, chosen, seed=seed, encode=lambda text: ChatTokenizer.load(directory).ids(text))
+    return TrainedModel(model, adapter, directory, is_quantized=isinstance(chosen, QloraSettings))
 
 
 def dtype_for(settings: TrainingSettings) -> torch.dtype:
     """Return the format to load a model in for training: fp32 for full training, else as resolved."""
-    return torch.float32 if settings.lora is None else resolve_dtype(settings.precision)
-
-
-def _adapted_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Copy the weights that have adapters, in a format, under the names they have without adapters."""
-    return {
-        name.replace(".base_layer", ""): value.detach().to(dtype, copy=True)
-        for name, value in model.named_parameters()
-        if name.endswith(".base_layer.weight")
-    }
+    return torch.float32 if settings.adapter is None else resolve_dtype(settings.precision)

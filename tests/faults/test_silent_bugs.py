@@ -87,7 +87,7 @@ def test_01_a_nan_is_not_hidden(directory: Path, world: World) -> None:
 def test_02_the_base_model_is_not_taken_for_the_reference(
     directory: Path, reward_directory: Path, world: World, tmp_path: Path
 ) -> None:
-    chosen = settings(epochs=4, lora=None, optimizer={"learning_rate": 5e-3})
+    chosen = settings(epochs=4, adapter=None, optimizer={"learning_rate": 5e-3})
     fine_tuned = sft_recipe(directory, chosen)
     world.loop(fine_tuned, chosen).run()
     fine_tuned.policy.save(tmp_path / "sft")
@@ -204,7 +204,7 @@ def stop_at(directory: Path, world: World, chosen: TrainingSettings, step: int) 
 
 
 def check_random_numbers(directory: Path, tmp_path: Path) -> None:
-    chosen = settings(batch_size=4, epochs=2, lora=LoraSettings(rank=4, dropout=0.3))
+    chosen = settings(batch_size=4, epochs=2, adapter=LoraSettings(rank=4, dropout=0.3))
     whole, parts = World.at(tmp_path / "whole"), World.at(tmp_path / "parts")
     series = whole.loop(sft_recipe(directory, chosen), chosen).run()
     stop_at(directory, parts, chosen, 2)

@@ -73,7 +73,7 @@ def world(tmp_path: Path) -> World:
 
 def check_reward_sign(directory: Path, reward_directory: Path, world: World) -> None:
     """One PPO step on two rollouts, one better: it must get likelier against the other."""
-    chosen = ppo_settings(batch_size=2, minibatches=1, ppo_epochs=1, iterations=1, kl_coef=0.0, lora=None)
+    chosen = ppo_settings(batch_size=2, minibatches=1, ppo_epochs=1, iterations=1, kl_coef=0.0, adapter=None)
     recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
     trees = (rollout_tree(0, byte_ids("q"), byte_ids("good")), rollout_tree(1, byte_ids("q"), byte_ids("evil")))
 
@@ -255,7 +255,7 @@ def check_stops(recipe_class: type[SftRecipe], directory: Path, world: World) ->
     chat = ChatTokenizer.of(tokenizer)
     assert chat.pad_id == chat.eos_id
     trees = [Encoder(chat, 256, 64).tree(record(f"question {n}", "ok")) for n in range(8)]
-    chosen = settings(batch_size=8, epochs=15, lora=None, optimizer={"learning_rate": 1e-2})
+    chosen = settings(batch_size=8, epochs=15, adapter=None, optimizer={"learning_rate": 1e-2})
     policy = policy_of(directory, chosen)
     pad_layout = replace(layout(is_packed=False), pad_id=chat.pad_id)
     world.loop(recipe_class(policy, DataPlan.of(trees, chosen), pad_layout), chosen).run()

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from pipeline_lib.errors import DivergedError
 from pipeline_lib.hashing import sha256_file
-from pipeline_lib.models.adapters import add_lora, merge, without_adapter
+from pipeline_lib.models.adapters import add_adapter, without_adapter
 from pipeline_lib.models.base import TOKENIZER_FILES, load_causal_model
 from pipeline_lib.models.heads import head_of, load_scalar_model
+from pipeline_lib.models.merging import merge
 from pipeline_lib.models.settings import LoraSettings
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.training.trained_model import TrainedModel, prepare
@@ -48,6 +50,12 @@ def disturb(trained: TrainedModel, *, size: float = 0.05) -> TrainedModel:
     return trained
 
 
+def add_lora(model: PreTrainedModel, chosen: LoraSettings, *, seed: int) -> PeftModel:
+    wrapper = add_adapter(model, chosen, seed=seed, encode=byte_ids)
+    assert isinstance(wrapper, PeftModel)
+    return wrapper
+
+
 def gpt2() -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -58,7 +66,7 @@ def gpt2() -> PreTrainedModel:
 def test_a_new_adapter_changes_nothing_and_trains_alone(make: type) -> None:
     model: PreTrainedModel = make()
     before = logits(model)
-    add_lora(model, LORA, seed=1).eval()
+    add_lora(model, LORA, seed=1)
     assert furthest(logits(model), before) == 0.0
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
@@ -96,27 +104,27 @@ def test_the_seed_decides_the_adapters_random_half() -> None:
 def test_off_is_the_base_on_is_not_and_merged_is_on(make: type) -> None:
     model: PreTrainedModel = make()
     base = logits(model)
-    wrapper = add_lora(model, LORA, seed=1).eval()
+    wrapper = add_lora(model, LORA, seed=1)
     disturb(TrainedModel(model, wrapper, Path()))
     on = logits(model)
     assert furthest(on, base) > 1e-2
     with without_adapter(wrapper):
         assert furthest(logits(model), base) == 0.0
     assert furthest(logits(model), on) == 0.0
-    merged = merge(wrapper)
+    merged = merge(wrapper, dtype=torch.float32)
     assert furthest(logits(merged), on) <= 1e-5
     assert not any(".lora_" in name for name, _ in merged.named_parameters())
 
 
 def test_the_update_is_scaled_by_alpha_over_rank() -> None:
     model = tiny_llama()
-    wrapper = add_lora(model, LoraSettings(rank=4, alpha=6, target_modules=("o_proj",)), seed=1).eval()
+    wrapper = add_lora(model, LoraSettings(rank=4, alpha=6, target_modules=("o_proj",)), seed=1)
     layer = model.base_model.layers[0].self_attn.o_proj
     before = layer.base_layer.weight.detach().clone()
     with torch.no_grad():
         layer.lora_B["default"].weight.normal_()
     update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    merged = merge(wrapper).base_model.layers[0].self_attn.o_proj.weight
+    merged = merge(wrapper, dtype=torch.float32).base_model.layers[0].self_attn.o_proj.weight
     torch.testing.assert_close(merged - before, 6.0 / 4 * update, rtol=0, atol=1e-6)
 
 
@@ -169,7 +177,7 @@ def test_a_training_lost_in_the_storage_format_is_not_saved(tmp_path: Path) -> N
 
 
 def test_full_training_saves_all_weights(directory: Path, tmp_path: Path) -> None:
-    trained = disturb(policy_of(directory, settings(lora=None)), size=0.01)
+    trained = disturb(policy_of(directory, settings(adapter=None)), size=0.01)
     assert trained.adapter is None
     on = logits(trained.model)
     trained.save(tmp_path / "out")
@@ -187,7 +195,7 @@ def test_a_saved_reward_model_keeps_its_head(directory: Path, tmp_path: Path) ->
 def test_dropout_is_off_unless_asked_for(directory: Path) -> None:
     quiet = policy_of(directory, settings()).model
     assert not any(module.training for module in quiet.modules())
-    chosen = settings(lora=LoraSettings(rank=2, dropout=0.5))
+    chosen = settings(adapter=LoraSettings(rank=2, dropout=0.5))
     model = load_causal_model(directory, dtype=torch.float32)
     trained = prepare(model, directory, chosen, seed=0)
     dropped = [m for m in trained.model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]

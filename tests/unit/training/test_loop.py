@@ -87,7 +87,7 @@ def test_the_series_is_complete_and_told(directory: Path, world: World) -> None:
 
 
 def test_sft_learns(directory: Path, world: World) -> None:
-    chosen = settings(batch_size=8, epochs=15, lora=None, optimizer={"learning_rate": 1e-2})
+    chosen = settings(batch_size=8, epochs=15, adapter=None, optimizer={"learning_rate": 1e-2})
     series = world.loop(sft_recipe(directory, chosen), chosen).run()
     assert series[-1]["loss"] < 0.6 * series[0]["loss"]
 

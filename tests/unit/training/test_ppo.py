@@ -80,7 +80,7 @@ def rewarded_by_rule(
 ) -> tuple[PpoRecipe, PpoSettings]:
     """PPO of all weights with the rule as its reward, at a rate that shows within a few iterations."""
     chosen = ppo_settings(
-        lora=None, batch_size=32, ppo_epochs=4, kl_target_nats=None, missing_eos="keep", clip_range=0.4,
+        adapter=None, batch_size=32, ppo_epochs=4, kl_target_nats=None, missing_eos="keep", clip_range=0.4,
         gae_lambda=1.0, optimizer={"learning_rate": 1e-2, "schedule": "constant", "warmup_frac": 0.0}, **changes,
     )  # fmt: skip
     recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
@@ -223,11 +223,11 @@ def test_the_reward_model_and_the_reference_stay_as_they_are(
     assert float((before[2] - after[2]).abs().max()) > 1e-4, "the value function should have learnt"
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}])
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}])
 def test_the_critic_starts_as_the_reward_model_in_both_forms(
-    lora: dict[str, int] | None, reward_directory: Path
+    adapter: dict[str, int] | None, reward_directory: Path
 ) -> None:
-    critic = Critic(reward_directory, settings(lora=lora), Normalization(gain=3.0, bias=-1.0), seed=0)
+    critic = Critic(reward_directory, settings(adapter=adapter), Normalization(gain=3.0, bias=-1.0), seed=0)
     scorer = load_scalar_model(reward_directory, dtype=torch.float32).eval()
     batch = pack([rollout_tree(0, byte_ids("hello"), byte_ids("you"))])
     with torch.no_grad():
@@ -237,14 +237,14 @@ def test_the_critic_starts_as_the_reward_model_in_both_forms(
         assert float(critic.values(batch)[-1]) == pytest.approx(before_last, abs=1e-5)
     group = critic.group(learning_rate=0.1)
     assert "value_head" in group.parameters
-    assert (lora is None) == any("embed_tokens" in name for name in group.parameters)
+    assert (adapter is None) == any("embed_tokens" in name for name in group.parameters)
     assert "score.weight" not in group.parameters
 
 
 def test_without_an_adapter_the_reference_is_a_frozen_copy(
     directory: Path, reward_directory: Path, world: World
 ) -> None:
-    chosen = ppo_settings(lora=None)
+    chosen = ppo_settings(adapter=None)
     recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
     with recipe.reference.active() as reference, without_adapter(None):
         assert reference is not recipe.policy.model

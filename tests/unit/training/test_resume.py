@@ -73,7 +73,7 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(
 
 
 def test_dropout_draws_the_same_after_a_resume(directory: Path, tmp_path: Path) -> None:
-    chosen = settings(batch_size=4, epochs=2, lora=LoraSettings(rank=4, alpha=8, dropout=0.3))
+    chosen = settings(batch_size=4, epochs=2, adapter=LoraSettings(rank=4, alpha=8, dropout=0.3))
     quiet = settings(batch_size=4, epochs=2)
 
     def make(world: World) -> Recipe:
@@ -129,7 +129,7 @@ def stopped(directory: Path, world: World, **changes: Any) -> None:
 
 def test_a_checkpoint_of_other_parameters_is_refused(directory: Path, world: World) -> None:
     stopped(directory, world)
-    other = settings(batch_size=4, epochs=3, lora=LoraSettings(rank=4, target_modules=("q_proj",)))
+    other = settings(batch_size=4, epochs=3, adapter=LoraSettings(rank=4, target_modules=("q_proj",)))
     with pytest.raises(ResumeMismatchError, match="trains other parameters"):
         world.loop(sft_recipe(directory, other), other).run()
 
