@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline_lib.errors import IntegrityError
+from pipeline_lib.models.baking import bake
 from pipeline_lib.models.base import load_causal_model, stored_dtype
 from pipeline_lib.text.chat_template import ChatTokenizer
 
@@ -21,7 +24,8 @@ def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: C
     """Log a model folder and compare logits of what is loaded back on fixed token ids.
 
     Args:
-        directory: The `model/` folder of a model artifact, whole weights, no adapters.
+        directory: The `model/` folder of a model artifact, whole weights; virtual tokens of prompt
+            tuning go into the vocabulary.
         log_model: `mlflow.transformers.log_model`, to be called inside a run.
         load_model: `mlflow.transformers.load_model`.
 
@@ -29,22 +33,24 @@ def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: C
         The logged model's URI.
 
     Raises:
+        ConfigError: The model is prefix-tuned, which the registry cannot hold.
         IntegrityError: The model loaded back answers differently.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     chat = ChatTokenizer.load(directory)
     model = load_causal_model(directory, dtype=stored_dtype(directory))
+    ids = chat.ids("Which model is this? 0123456789")[:32]
+    expected = _logits(model, ids)
+    first_ids = bake(model, chat.tokenizer)
     packages = ("torch", "transformers", "accelerate")
     logged = log_model(
         {"model": model, "tokenizer": chat.tokenizer}, name="model", task="text-generation",
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in packages],
     )  # fmt: skip
-    ids = torch.tensor([chat.ids("Which model is this? 0123456789")[:32]])
     loaded = load_model(logged.model_uri, return_type="components")["model"]
-    # In float32: in bf16 the same weights at another place in memory can give other roundings.
-    with torch.inference_mode():
-        apart = float((model.float()(ids).logits - loaded.cpu().float()(ids).logits).abs().max())
+    found = _logits(loaded.cpu(), [*first_ids, *ids])[len(first_ids) :, : expected.shape[1]]
+    apart = float((found - expected).abs().max())
     if not apart <= MAX_LOGIT_DIFFERENCE:
         raise IntegrityError(
             f"the model that MLflow loads back differs from {directory.name}: logits by up to {apart:.3g}",
@@ -52,3 +58,16 @@ def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: C
         )
     uri: str = logged.model_uri
     return uri
+
+
+def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Return the logits of every position, `(T, V)`.
+
+    In float32, and then back: in bf16 the same weights at another place in memory can give other
+    roundings.
+    """
+    dtype = model.dtype
+    with torch.inference_mode():
+        logits: Tensor = model.float()(torch.tensor([ids])).logits[0]
+    model.to(dtype)
+    return logits

@@ -51,7 +51,7 @@ class VirtualTokens(nn.Module):
         self.before: Tensor | None = None
         """What stands there when these are switched off: nothing, or what training began with."""
         self.is_on = True
-        self._cut = 0
+        self._cut = self._num_calls = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -60,7 +60,11 @@ class VirtualTokens(nn.Module):
         return int(self.values.shape[0])
 
     def attach(self, model: PreTrainedModel) -> VirtualTokens:
-        """Become part of a model's backbone; the model's own forward then begins with the tokens."""
+        """Become part of a model's backbone; the model's own forward then begins with the tokens.
+
+        Raises:
+            ConfigError: The model's forward does not pass through its backbone as a whole.
+        """
         backbone: nn.Module = model.base_model
         self.to(next(backbone.parameters()).device)
         setattr(backbone, _ATTRIBUTE, self)
@@ -68,7 +72,21 @@ class VirtualTokens(nn.Module):
             backbone.register_forward_pre_hook(self._put_in, with_kwargs=True),
             backbone.register_forward_hook(self._cut_out, with_kwargs=True),
         ]
+        if model.can_generate():
+            self._require_effect(model)
         return self
+
+    @torch.no_grad()
+    def _require_effect(self, model: PreTrainedModel) -> None:
+        """Refuse a model that would be sampled from without the tokens, as OPT's decoder is."""
+        self._num_calls = 0
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+        if self._num_calls == 0:
+            self.detach_from(model)
+            raise ConfigError(
+                f"virtual tokens cannot be put in front of a {model.config.model_type!r} model",
+                next_step="take adapter.name: lora",
+            )
 
     def detach_from(self, model: PreTrainedModel) -> None:
         """Leave the model as it is without them."""
@@ -92,7 +110,7 @@ class VirtualTokens(nn.Module):
 
     def _put_in(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Put the tokens in front of a call of the backbone."""
-        self._cut = 0
+        self._cut, self._num_calls = 0, self._num_calls + 1
         values = self.values if self.is_on else self.before
         if values is None:
             return args, kwargs
