@@ -264,7 +264,7 @@ def _by_margin(pairs: _Pairs, num_rows: int, bootstrap: Bootstrap) -> tuple[Accu
     for members in np.array_split(order_P, min(NUM_MARGIN_BUCKETS, order_P.size)):
         chosen_P = np.zeros(order_P.size, dtype=bool)
         chosen_P[members] = True
-        name = f"{size_P[members[0]]:.3g} … {size_P[members[-1]]:.3g}"
+        name = f"{size_P[members[0]]:.2g} … {size_P[members[-1]]:.2g}"
         found.append(_bucket(name, chosen_P, pairs, num_rows, bootstrap))
     return tuple(found)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.evaluation.report.lineage import Lineage, Node, walk
+from pipeline_lib.evaluation.report_card import ReportCard
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.schema import (
     ArtifactRef,
@@ -135,6 +136,9 @@ class ReportData:
     examples: dict[str, list[ExampleResult]]
     """Held-out results by model, base first."""
     report_card: dict[str, float]
+    """Plain figures of the reward model's report card; empty where there is none."""
+    card_tables: ReportCard | None
+    """The same card with its tables; None in runs from before it had any."""
     prompts: tuple[PromptAnswers, ...]
 
 
@@ -156,6 +160,7 @@ def gather(
     lineage = walk(store, verdict, dataset)
     examples = _examples(store, lineage[verdict])
     trainings = _trainings(store, lineage)
+    card = _report_card(store, lineage)
     ppo = [node for node in lineage.own if node.stage == "ppo" and node.has("metrics.jsonl")]
     return ReportData(
         name=name,
@@ -166,7 +171,8 @@ def gather(
         trainings=trainings,
         ppo=_ppo(store, ppo[-1]) if ppo else None,
         examples=examples,
-        report_card=_report_card(store, lineage),
+        report_card={name: float(value) for name, value in card.items() if _is_finite(value)},
+        card_tables=_card_tables(card),
         prompts=_prompts(examples, sampled_prompts),
     )
 
@@ -257,12 +263,19 @@ def _examples(store: ArtifactStore, verdict: Node) -> dict[str, list[ExampleResu
     }
 
 
-def _report_card(store: ArtifactStore, lineage: Lineage) -> dict[str, float]:
+def _report_card(store: ArtifactStore, lineage: Lineage) -> dict[str, Any]:
     for node in reversed(lineage.own):
         if node.has("report_card.json"):
-            card = store.read_json(node.ref, "report_card.json")
-            return {name: float(value) for name, value in card.items() if _is_finite(value)}
+            card: dict[str, Any] = store.read_json(node.ref, "report_card.json")
+            return card
     return {}
+
+
+def _card_tables(card: dict[str, Any]) -> ReportCard | None:
+    tables = ReportCard.model_fields.keys() - {"figures"}
+    if not tables <= card.keys():
+        return None
+    return ReportCard.model_validate({"figures": {}, **{name: card[name] for name in tables}})
 
 
 def _prompts(examples: dict[str, list[ExampleResult]], most: int) -> tuple[PromptAnswers, ...]:

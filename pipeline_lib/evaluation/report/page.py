@@ -12,6 +12,7 @@ from pipeline_lib.evaluation.report.charts import model_class, rule_chart
 from pipeline_lib.evaluation.report.comparison import accuracy_interval, compare
 from pipeline_lib.evaluation.report.gather import ReportData, gather
 from pipeline_lib.evaluation.report.graph import lineage_chart
+from pipeline_lib.evaluation.report.reward_card import card_view
 from pipeline_lib.evaluation.stats import Bootstrap
 from pipeline_lib.schema import ArtifactRef, FunnelStep, Rejection
 
@@ -99,6 +100,7 @@ def _context(data: ReportData, verdict: ArtifactRef) -> dict[str, Any]:
         "models": list(data.examples),
         "num_prompts": min((len(rows) for rows in data.examples.values()), default=0),
         "card": views.reward_model_tiles(data.report_card, accuracy_interval(data.report_card, bootstrap)),
+        "card_view": card_view(data.card_tables) if data.card_tables is not None else None,
         "total_wall_s": sum(values.get("wall_s", 0.0) for values in measured),
         "highest_rss_bytes": max((values.get("peak_rss_bytes", 0.0) for values in measured), default=None),
         "configurations": views.configurations(data.lineage),

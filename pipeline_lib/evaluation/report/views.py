@@ -162,7 +162,7 @@ def reward_model_tiles(card: Mapping[str, float], accuracy: Interval) -> list[Ti
     margin, gain, slope = (card.get(key) for key in ("test_margin", "normalization_gain", "length_bias_per_word"))
     in_std = f"{number(margin * gain)} standard deviations of the score" if margin and gain else "score units"
     bias = None if slope is None else slope * _WORDS_OF_LENGTH_BIAS * (gain or 1.0)
-    return [
+    tiles = [
         Tile("Held-out accuracy", percent(card.get("test_accuracy_frac")), pairs),
         Tile("Mean margin, better minus worse", number(margin), in_std),
         Tile(
@@ -175,6 +175,20 @@ def reward_model_tiles(card: Mapping[str, float], accuracy: Interval) -> list[Ti
             f"gain on the raw score; bias {number(card.get('normalization_bias'))}",
         ),
     ]  # fmt: skip
+    further = {
+        "test_auc_frac": ("AUC", "chance that a better response beats a worse one of any prompt"),
+        "test_brier": ("Brier score", "0 is perfect, 0.25 is guessing"),
+        "test_calibration_error_frac": ("Calibration error", "mean distance of confidence and accuracy"),
+        "test_accuracy_longer_worse_frac": (
+            "Accuracy where the longer is worse",
+            "low where length is taken for quality",
+        ),
+    }
+    for name, (title, note) in further.items():
+        if name in card:
+            shown = number(card[name]) if name == "test_brier" else percent(card[name])
+            tiles.append(Tile(title, shown, note))
+    return tiles
 
 
 def selected_by(verdict: Verdict) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipeline_lib.evaluation.report_card import ScoredRow, report_card
+from pipeline_lib.evaluation.stats import Bootstrap
 from pipeline_lib.hashing import derive_seed, sha256_bytes
 from pipeline_lib.schema import (
     ArtifactRef,
@@ -233,6 +236,22 @@ def verdict_of(dpo: ArtifactRef, ppo: ArtifactRef | None, *, winner: str | None)
     return Verdict(candidates=tuple(candidates), winner=winner, champion=None, policy=policy)
 
 
+def report_tables() -> dict[str, Any]:
+    """The tables of a report card, and its further figures."""
+    draw = random.Random(4)
+    strengths = ("significantly", "better", "slightly", "unsure")
+    rows = [
+        ScoredRow(
+            scores=(draw.gauss(1.0, 1.2), draw.gauss(0.0, 1.2)), ranks=(1, 2), strength=strengths[n % 4],
+            lengths_words=(draw.randint(5, 90), draw.randint(5, 90)),
+        )
+        for n in range(64)
+    ]  # fmt: skip
+    card = report_card(rows, Bootstrap(resamples=200)).model_dump(mode="json")
+    kept = ("test_auc_frac", "test_brier", "test_calibration_error_frac", "test_accuracy_longer_worse_frac")
+    return {**{name: card["figures"][name] for name in kept}, **{k: v for k, v in card.items() if k != "figures"}}
+
+
 def synthetic_run(store: FakeStore, *, winner: str | None = "dpo", with_ppo: bool = True) -> dict[str, ArtifactRef]:
     """Fill the store with a whole run; returns the report stage's inputs."""
     base = store.add("base_model", "model", {}, {"model/config.json": b"{}"}, config={"source": "SmolLM2"})
@@ -241,7 +260,7 @@ def synthetic_run(store: FakeStore, *, winner: str | None = "dpo", with_ppo: boo
     sft = store.add("sft", "model", {"base_model": base, "dataset": dataset},
                     {"metrics.jsonl": metrics("sft", 120, 3.1, 2.2), "training.json": facts})  # fmt: skip
     card = {"test_accuracy_frac": 0.84375, "test_margin": 1.37, "test_pairs": 64.0, "length_bias_per_word": math.nan,
-            "normalization_gain": 0.8, "normalization_bias": -0.12}  # fmt: skip
+            "normalization_gain": 0.8, "normalization_bias": -0.12, **report_tables()}  # fmt: skip
     reward = store.add("reward", "reward_model", {"sft_model": sft, "dataset": dataset},
                        {"metrics.jsonl": metrics("reward", 60, 0.7, 0.35),
                         "report_card.json": json.dumps(card).encode()})  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -119,6 +120,28 @@ def test_the_funnel_tells_rows_codes_places_and_splits(page: str) -> None:
     assert "response has 1,430 tokens, the limit is 1,024" in text
     assert "What does function 7 do? → answer 7.0" in text
     assert "reward_test 10 0 10" in text
+
+
+def test_the_reward_model_has_its_report_card(page: str) -> None:
+    text = outline_of(page).text
+    for title in ("AUC", "Brier score", "Calibration error", "Accuracy where the longer is worse", "Calibration",
+                  "Accuracy by margin", "Accuracy by strength"):  # fmt: skip
+        assert f" {title} " in text
+    assert re.search(r"Accuracy by strength significantly 16 \d+(\.\d)? % 0\.\d+ … [01]\.\d+", text)
+    assert "Raw scores: mean " in text
+    assert "Accuracy over confidence, by bin" in page
+
+
+def test_a_report_card_without_tables_shows_its_tiles_alone(synthetic: SimpleNamespace) -> None:
+    """Runs from before the report card had tables are still shown."""
+    store = synthetic.store()
+    inputs = synthetic.run(store)
+    plain = {"test_accuracy_frac": 0.75, "test_pairs": 8.0, "test_margin": 1.0}
+    for key in [key for key in store.contents if key[1] == "report_card.json"]:
+        store.contents[key] = json.dumps(plain).encode()
+    text = outline_of(page_of(store, inputs)).text
+    assert "Held-out accuracy 75 %" in text
+    assert "Calibration" not in text
 
 
 def test_every_training_stage_has_its_curves(page: str) -> None:
