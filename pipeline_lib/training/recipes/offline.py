@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from pipeline_lib.models.adapters import in_evaluation_mode
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.forward import training_forward
@@ -48,7 +49,8 @@ class OfflineRows(ABC):
         if not self.plan.held_out:
             return None
         batches = [batch.to(self.trained.model.device) for batch in self.layout.batches(self.plan.held_out)]
-        return sum(float(self.loss(batch, batches).loss) for batch in batches)
+        with in_evaluation_mode(self.trained.model):
+            return sum(float(self.loss(batch, batches).loss) for batch in batches)
 
     def micro_batches(self, step: int) -> Sequence[TreeBatch]:
         """Return the forwards of a step."""
