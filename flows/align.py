@@ -15,9 +15,11 @@ from pipeline_lib.schema import ArtifactRef, Verdict
 from pipeline_lib.stages.collect import pin_sources
 from pipeline_lib.stages.memory import check_memory
 from pipeline_lib.stages.places import open_places
+from pipeline_lib.stages.ppo import PpoConfig
+from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.promote import Promotion, incumbent
 from pipeline_lib.stages.report import ReportConfig
-from pipeline_lib.stages.run_config import RunConfig
+from pipeline_lib.stages.run_config import Candidate, RunConfig
 from pipeline_lib.validation import Frozen
 from tasks.promotion import promote_winner
 from tasks.services import Services, open_services
@@ -49,12 +51,13 @@ class _Stages:
         state: State[ArtifactRef] = run_stage(stage, config, inputs, self.services, name, return_state=True)
         return state.result()
 
-    def together(self, jobs: dict[str, tuple[BaseModel, dict[str, ArtifactRef]]]) -> dict[str, ArtifactRef]:
-        """Run stages that do not depend on each other, side by side where the run allows it."""
+    def together(self, jobs: dict[str, tuple[Candidate, dict[str, ArtifactRef]]]) -> dict[str, ArtifactRef]:
+        """Train candidates, which do not depend on each other, side by side where the run allows it."""
         if self.services.runtime.max_parallel_stages == 1:
-            return {name: self.named(name, name, config, inputs) for name, (config, inputs) in jobs.items()}
+            return {name: self.named(name, config.method, config, inputs) for name, (config, inputs) in jobs.items()}
         futures = {
-            name: run_stage.submit(name, config, inputs, self.services, name) for name, (config, inputs) in jobs.items()
+            name: run_stage.submit(config.method, config, inputs, self.services, name)
+            for name, (config, inputs) in jobs.items()
         }
         return {name: future.result() for name, future in futures.items()}
 
@@ -89,7 +92,7 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
 
     sft = stage("sft", config.sft, base_model=base, dataset=dataset)
     reward = stage("reward", config.reward, sft_model=sft, dataset=dataset)
-    candidates = _train_candidates(config, stage, sft=sft, reward=reward, dataset=dataset)
+    candidates = _train_candidates(config, stage, base=base, sft=sft, reward=reward, dataset=dataset)
 
     champion = incumbent(services.store, config.promote.model_name, list(candidates.values()))
     models = {"base": base, "sft": sft, **candidates, **({"champion": champion} if champion else {})}
@@ -111,15 +114,20 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
 
 
 def _train_candidates(
-    config: RunConfig, stage: _Stages, *, sft: ArtifactRef, reward: ArtifactRef, dataset: ArtifactRef
+    config: RunConfig, stage: _Stages, *, base: ArtifactRef, sft: ArtifactRef, reward: ArtifactRef, dataset: ArtifactRef
 ) -> dict[str, ArtifactRef]:
-    """Train the candidates, each from the same SFT model; they run side by side where allowed."""
-    jobs: dict[str, tuple[BaseModel, dict[str, ArtifactRef]]] = {}
-    if config.dpo is not None:
-        logps = stage("reference_logps", config.reference_logps(), sft_model=sft, dataset=dataset)
-        jobs["dpo"] = (config.dpo, {"sft_model": sft, "dataset": dataset, "reference_logps": logps})
-    if config.ppo is not None:
-        jobs["ppo"] = (config.ppo, {"sft_model": sft, "reward_model": reward, "dataset": dataset})
+    """Train the candidates, each from the SFT model unless it says otherwise, side by side where allowed."""
+    jobs: dict[str, tuple[Candidate, dict[str, ArtifactRef]]] = {}
+    for name, candidate in config.all_candidates().items():
+        inputs = {"sft_model": sft, "dataset": dataset}
+        if isinstance(candidate, PreferenceConfig):
+            inputs["sft_model"] = base if candidate.start_from == "base" else sft
+            if candidate.needs_reference:
+                task = "reference_logps" if name == "dpo" else f"reference_logps:{name}"
+                inputs["reference_logps"] = stage.named(task, "reference_logps", candidate.reference_logps(), inputs)
+        if isinstance(candidate, PpoConfig):
+            inputs["reward_model"] = reward
+        jobs[name] = (candidate, inputs)
     return stage.together(jobs)
 
 

@@ -49,7 +49,8 @@ def find_config(name: str) -> Path:
     preset = PRESETS / f"{name}.yaml"
     if preset.is_file():
         return preset
-    known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+    files = [*PRESETS.glob("*.yaml"), *PRESETS.glob("methods/*.yaml")]
+    known = sorted(file.relative_to(PRESETS).with_suffix("").as_posix() for file in files)
     raise ConfigError(
         f"no configuration {name!r}{did_you_mean(name, known)}",
         next_step=f"give a YAML file or a preset: {', '.join(known)}",

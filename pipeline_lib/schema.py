@@ -81,7 +81,7 @@ class Split(StrEnum):
 
 
 class Record(Frozen):
-    """A prompt with 0 responses (prompt only), 1 (demonstration) or K >= 2 (comparison).
+    """A prompt with 0 responses (prompt only), 1 (demonstration, or rated) or K >= 2 (comparison).
 
     `ranks[k]` is the place of `responses[k]`, 1 the best, equal numbers are ties.
     """
@@ -102,6 +102,8 @@ class Record(Frozen):
     """How much the row counts, e.g. the share of annotators that agree."""
     tags: tuple[str, ...] = ()
     """What the row is about, e.g. `helpful` or `safe`; training stages select rows by them."""
+    desirable: bool | None = None
+    """Whether people want the one response or not; None: it is a demonstration, or there is not one."""
 
     @model_validator(mode="after")
     def _shape(self) -> Self:
@@ -111,6 +113,8 @@ class Record(Frozen):
             raise ValueError(f"{len(self.responses)} responses need {len(self.responses)} ranks")
         if len(self.responses) < 2 and self.ranks:
             raise ValueError("ranks are for two or more responses")
+        if self.desirable is not None and len(self.responses) != 1:
+            raise ValueError("a label of desirable or not is for one response")
         if self.strength is not None and len(self.responses) < 2:
             raise ValueError("a strength of preference is for two or more responses")
         return self
@@ -128,6 +132,7 @@ class Record(Frozen):
         strength: Strength | None = None,
         weight: float = 1.0,
         tags: tuple[str, ...] = (),
+        desirable: bool | None = None,
     ) -> Self:
         """Make a record whose id is the sha256 of its texts, its ranks and what else people said.
 
@@ -145,17 +150,21 @@ class Record(Frozen):
             content["strength"] = strength
         if weight != 1.0:
             content["weight"] = weight
+        if desirable is not None:
+            content["desirable"] = desirable
         return cls(
             id=sha256_json(content), messages=messages, responses=responses, ranks=ranks,
             origin=origin, group=group or prompt_id(messages), split=split,
-            strength=strength, weight=weight, tags=tags,
+            strength=strength, weight=weight, tags=tags, desirable=desirable,
         )  # fmt: skip
 
     @property
-    def kind(self) -> Literal["prompt", "demonstration", "comparison"]:
-        """What the row is, by its number of responses."""
+    def kind(self) -> Literal["prompt", "demonstration", "rated", "comparison"]:
+        """What the row is, by its number of responses and whether one is labelled."""
         if not self.responses:
             return "prompt"
+        if self.desirable is not None:
+            return "rated"
         return "demonstration" if len(self.responses) == 1 else "comparison"
 
 

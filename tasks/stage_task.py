@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from pipeline_lib.errors import PipelineError
 from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.stages import STAGES
 from pipeline_lib.stages.execute import Job, execute
 from pipeline_lib.tracking import StageRun
 from tasks.progress import Bar, console
@@ -96,7 +97,7 @@ def run_stage(stage: str, config: BaseModel, inputs: dict[str, ArtifactRef], ser
     job = Job(
         stage=stage, config=config.model_dump(mode="json"), inputs=inputs, storage=services.storage,
         home=services.runtime.home.absolute(), checkpoint_every_s=services.runtime.checkpoint_every_s,
-        threads=services.runtime.threads,
+        threads=services.runtime.threads, processes=services.runtime.processes if STAGES[stage].is_training else 1,
     )  # fmt: skip
     run = services.tracker.stage(name)
     run.start(params={"stage_key": job.key}, inputs=inputs)

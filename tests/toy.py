@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from pipeline_lib.losses.preference.dpo import Dpo
+from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
 from pipeline_lib.models.scoring import Layout, response_logps
@@ -24,6 +24,7 @@ from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.training.critic import Critic, Normalization
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop
 from pipeline_lib.training.plan import DataPlan
+from pipeline_lib.training.preferences import MISMATCHED, comparisons_of, judgement_of, mismatched
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.recipes.ppo import PpoRecipe
 from pipeline_lib.training.recipes.preference import PreferenceRecipe
@@ -229,7 +230,10 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 ANSWERS = ["a", "bb, and more", "c", "dddd", "e e e e e e e", "f", "gg", "hhh hhh hhh"]
 DEMONSTRATIONS = [encoder().tree(record(f"question {n}", text)) for n, text in enumerate(ANSWERS)]
 COMPARISONS = [record(f"question {n}", text, text[::-1] + "?", "no") for n, text in enumerate(ANSWERS)]
-PAIRS = [encoder().tree(record(f"question {n}", text, "no" * (n + 1))) for n, text in enumerate(ANSWERS)]
+PAIR_ROWS = [record(f"question {n}", text, "no" * (n + 1)) for n, text in enumerate(ANSWERS)]
+PAIRS = [encoder().tree(row) for row in PAIR_ROWS]
+JUDGED = {row.id: judgement_of(row) for row in PAIR_ROWS}
+"""What is known of the pairs: the first response is the better one."""
 
 
 def sft_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> SftRecipe:
@@ -248,11 +252,24 @@ def reward_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> Rewar
 
 def dpo_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> PreferenceRecipe:
     """DPO on the pairs, against the policy as it starts."""
+    return preference_recipe(directory, chosen, {"name": "dpo", "beta": 0.5}, PAIR_ROWS, **how)
+
+
+def preference_recipe(
+    directory: Path, chosen: OfflineSettings, loss: dict[str, Any], rows: Sequence[Record] = COMPARISONS, **how: Any
+) -> PreferenceRecipe:
+    """Any preference loss on rows, against the policy as it starts."""
+    objective = PREFERENCE_LOSSES.build(loss)
     policy = policy_of(directory, chosen)
-    logps = response_logps(policy.model, PAIRS, layout())
+    compared = comparisons_of(rows, encoder())
+    others = mismatched(compared.trees)
+    logps = response_logps(policy.model, [*compared.trees, *others], layout())
     return PreferenceRecipe(
-        policy, DataPlan.of(PAIRS, chosen), layout(**how), objective=Dpo(beta=0.5),
-        reference={name: tuple(row) for name, row in logps.items()},
+        policy, DataPlan.of(compared.trees, chosen), layout(**how), objective=objective,
+        judgements=compared.judgements,
+        reference={name: tuple(row) for name, row in logps.items()} if objective.needs_reference else None,
+        mismatched={tree.record_id.removeprefix(MISMATCHED): tree for tree in others},
+        reference_model=Reference.of(policy) if objective.needs_target_kl else None,
     )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class Mapped:
     """As the layout's own verdict has it; a field `strength` comes first."""
     weight: float = 1.0
     """As the layout's own votes have it; a field `weight` comes first."""
+    desirable: bool | None = None
+    """The label of one response, where the layout has it."""
 
 
 @dataclass(frozen=True, slots=True)

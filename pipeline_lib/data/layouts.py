@@ -55,6 +55,8 @@ def detect(values: dict[str, Any]) -> str | None:
         return "messages"
     if "instruction" in values and find(values, "output"):
         return "alpaca"
+    if find(values, "prompt") and find(values, "response") and isinstance(values.get("label"), bool):
+        return "rated"
     if find(values, "prompt"):
         return "prompt_completion" if find(values, "response") else "prompt"
     return None
@@ -63,6 +65,14 @@ def detect(values: dict[str, Any]) -> str | None:
 def map_prompt_completion(values: dict[str, Any]) -> Mapped:
     """Map `prompt` and `response`, each text or a message list (TRL's conversational form)."""
     return Mapped(prompt_of(values), (answer_of(values, "response"),), scores=single_score(values))
+
+
+def map_rated(values: dict[str, Any]) -> Mapped:
+    """Map `prompt`, `response` and `label`, true where the response is wanted (TRL's unpaired form)."""
+    label = need(values, "label")
+    if not isinstance(label, bool):
+        raise BadRowError("E_TYPE", f"label is {kind_of(label)}, neither true nor false")
+    return Mapped(prompt_of(values), (answer_of(values, "response"),), scores=single_score(values), desirable=label)
 
 
 def map_messages(values: dict[str, Any]) -> Mapped:
@@ -137,6 +147,7 @@ def map_ranked(values: dict[str, Any]) -> Mapped:
 
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Mapped]] = {
     "prompt_completion": map_prompt_completion,
+    "rated": map_rated,
     "messages": map_messages,
     "alpaca": map_alpaca,
     "preference": map_preference,

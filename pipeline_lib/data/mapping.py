@@ -18,7 +18,7 @@ from pipeline_lib.validation import Frozen
 _SAMPLE_ROWS = 8
 
 LayoutName = Literal[
-    "auto", "prompt_completion", "messages", "alpaca", "preference", "hh", "prompt", "ranked", "compared", "systems"
+    "auto", "prompt_completion", "rated", "messages", "alpaca", "preference", "hh", "prompt", "ranked", "compared", "systems"
 ]  # fmt: skip
 Note = Callable[[str], None]
 """Takes one line about what a source decided by itself."""
@@ -105,7 +105,7 @@ def _checked(
     records = [
         Record.create(
             mapped.prompt, responses, mapped.ranks, origin=place, group=group_name,
-            strength=labels.strength, weight=labels.weight, tags=tags,
+            strength=labels.strength, weight=labels.weight, tags=tags, desirable=mapped.desirable,
         )
     ]  # fmt: skip
     if mapping.demonstrate_chosen and len(responses) >= 2 and mapped.ranks.count(1) == 1:

@@ -14,19 +14,11 @@ from transformers import PreTrainedModel
 
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.tokens import token_logps_from_hidden
+from pipeline_lib.models.attention import attention_inputs
 from pipeline_lib.text.pack import TreeBatch
 
 HEAD_CHUNK_TOKENS = 256
 """Counted positions whose logits are in memory at once."""
-
-_TREE_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "granite", "phi3"})
-"""Architectures whose attention takes a prepared mask and explicit positions as they are."""
-
-
-def supports_trees(model: PreTrainedModel) -> bool:
-    """Tell whether a model takes packed trees; others get one padded row a response."""
-    windowed = getattr(model.config, "sliding_window", None) and getattr(model.config, "use_sliding_window", True)
-    return model.config.model_type in _TREE_MODEL_TYPES and not windowed
 
 
 @torch.inference_mode()
@@ -59,11 +51,9 @@ def hidden_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
     """
     backbone: nn.Module = model.base_model
     output = backbone(
-        input_ids=batch.input_ids_BT,
-        position_ids=batch.position_ids_BT,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-    )
+        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False,
+        **attention_inputs(model, batch),
+    )  # fmt: skip
     hidden: Tensor = output.last_hidden_state
     return hidden.reshape(-1, hidden.shape[-1])
 

@@ -21,6 +21,8 @@ class StageSpec:
     """Name of its configuration class in that module."""
     in_child: bool
     """True where it loads a model: it then runs in a process of its own, whose memory goes with it."""
+    is_training: bool
+    """True where it runs the training loop, which several processes can share."""
 
     def load(self) -> ModuleType:
         """Import the stage's module."""
@@ -38,8 +40,10 @@ class StageSpec:
         return function
 
 
-def _spec(name: str, module: str, config_class: str, *, in_child: bool) -> tuple[str, StageSpec]:
-    return name, StageSpec(name, f"pipeline_lib.stages.{module}", config_class, in_child)
+def _spec(
+    name: str, module: str, config_class: str, *, in_child: bool, is_training: bool = False
+) -> tuple[str, StageSpec]:
+    return name, StageSpec(name, f"pipeline_lib.stages.{module}", config_class, in_child, is_training)
 
 
 STAGES: dict[str, StageSpec] = dict(
@@ -48,11 +52,11 @@ STAGES: dict[str, StageSpec] = dict(
         _spec("collect", "collect", "CollectConfig", in_child=False),
         _spec("filter", "filter", "FilterConfig", in_child=False),
         _spec("sample", "sample", "SampleConfig", in_child=True),
-        _spec("sft", "sft", "SftConfig", in_child=True),
-        _spec("reward", "reward", "RewardConfig", in_child=True),
+        _spec("sft", "sft", "SftConfig", in_child=True, is_training=True),
+        _spec("reward", "reward", "RewardConfig", in_child=True, is_training=True),
         _spec("reference_logps", "reference_logps", "ReferenceLogpsConfig", in_child=True),
-        _spec("dpo", "preference", "PreferenceConfig", in_child=True),
-        _spec("ppo", "ppo", "PpoConfig", in_child=True),
+        _spec("preference", "preference", "PreferenceConfig", in_child=True, is_training=True),
+        _spec("ppo", "ppo", "PpoConfig", in_child=True, is_training=True),
         _spec("evaluate", "evaluate", "EvaluateConfig", in_child=True),
         _spec("gate", "gate", "GateConfig", in_child=False),
         _spec("report", "report", "ReportConfig", in_child=False),

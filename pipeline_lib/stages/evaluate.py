@@ -112,8 +112,8 @@ def _figures(
     """Score references and answers under the model, the reference model and the reward model."""
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
     from pipeline_lib.models.heads import load_scalar_model  # noqa: PLC0415  (torch)
-    from pipeline_lib.models.logprobs import supports_trees  # noqa: PLC0415  (torch)
     from pipeline_lib.models.scoring import Layout, response_logps, response_scores  # noqa: PLC0415  (torch)
+    from pipeline_lib.models.trees import supports_trees  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
 
     plain = [replace(tree, prompt_counts=(False,) * len(tree.prompt_ids)) for tree in trees]

@@ -42,6 +42,8 @@ class Job(Frozen):
     home: Path
     checkpoint_every_s: float = 60.0
     threads: int | None = None
+    processes: int = 1
+    """Processes that train together; changes no result, so it is not in the key."""
 
     @property
     def key(self) -> str:
@@ -116,6 +118,43 @@ def run_here(job: Job, *, store: ArtifactStore, events: Events, should_stop: Cal
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return ref
+
+
+def follow(job_json: str) -> None:
+    """Take part in a stage as one of its further processes; the first one commits."""
+    job = Job.model_validate_json(job_json)
+    use_threads(job)
+    store = ArtifactStore(job.storage, cache_directory=job.home / "cache")
+    spec = STAGES[job.stage]
+    config = getattr(spec.load(), spec.config_class).model_validate(job.config)
+    work = job.home / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{job.stage}-{os.getpid()}-", dir=work))
+    try:
+        (scratch / "output").mkdir()
+        spec.run(config, job.inputs, StageContext(store, scratch / "output", _Silent(), Checkpoints(store, job.key)))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def use_threads(job: Job) -> None:
+    """Give this process its share of the cores, or the number that the run configures."""
+    import torch  # noqa: PLC0415  (stages without a model run without it)
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    elif job.processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
+
+
+class _Silent:
+    """Events of a process whose first one tells them."""
+
+    def progress(self, fraction: float, text: str) -> None: ...
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log(self, text: str) -> None: ...
 
 
 def as_pipeline_error(error: OSError) -> PipelineError | OSError:

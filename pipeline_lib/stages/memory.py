@@ -8,7 +8,7 @@ from pipeline_lib.errors import MemoryLimitError
 from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.storage.store import ArtifactStore
-from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.settings import PpoSettings, TrainingSettings
 
 GIB = 1 << 30
 _BYTES_PER_VALUE = 4
@@ -47,15 +47,12 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
     width = int(shape.get("hidden_size") or shape.get("n_embd") or 0)
     layers = int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)
     limit_gib = config.runtime.max_memory_gib or psutil.virtual_memory().total / GIB
-    stages: dict[str, tuple[TrainingSettings | None, int]] = {
+    stages: dict[str, tuple[TrainingSettings, int]] = {
         "sft": (config.sft, 1),
         "reward": (config.reward, 1),
-        "dpo": (config.dpo, 1),
-        "ppo": (config.ppo, 2 if config.ppo is None or config.ppo.adapter is not None else 4),
+        **{name: (candidate, _copies(candidate)) for name, candidate in config.all_candidates().items()},
     }
     for name, (settings, copies) in stages.items():
-        if settings is None:
-            continue
         need = estimate_bytes(
             settings, num_parameters=stored // bytes_per_value, width=width, layers=layers, copies=copies
         )
@@ -65,3 +62,10 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
                 next_step=f"lower {name}.tokens_per_batch (now {settings.tokens_per_batch}), "
                 "train an adapter instead of all weights, or take a smaller model.source",
             )
+
+
+def _copies(settings: TrainingSettings) -> int:
+    """Count the backbones that a candidate's training holds: PPO has a critic, and references where weights train."""
+    if not isinstance(settings, PpoSettings):
+        return 1
+    return 2 if settings.adapter is not None else 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
@@ -18,6 +18,9 @@ VERSION = 1
 
 class PpoConfig(PpoSettings):
     """PPO on the prompts of the policy split."""
+
+    method: Literal["ppo"] = "ppo"
+    """The method of this candidate."""
 
 
 def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,16 @@ from pipeline_lib.stages.gate import GateConfig
 from pipeline_lib.stages.ppo import PpoConfig
 from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.promote import PromoteConfig
-from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig
 from pipeline_lib.stages.reward import RewardConfig
 from pipeline_lib.stages.sample import SampleConfig
 from pipeline_lib.stages.sft import SftConfig
 from pipeline_lib.validation import Frozen
+
+Candidate = Annotated[PreferenceConfig | PpoConfig, Field(discriminator="method")]
+"""What trains a candidate; its `method` says which."""
+
+RESERVED_NAMES = frozenset({"base", "sft", "champion", "dpo", "ppo"})
+"""Names that further candidates cannot have."""
 
 
 class RuntimeConfig(Frozen):
@@ -34,7 +39,9 @@ class RuntimeConfig(Frozen):
     max_memory_gib: float | None = Field(None, gt=0, title="Memory limit (GiB)")
     """Refuse a run whose estimate exceeds this; null: what the machine has."""
     threads: int | None = Field(None, ge=1, title="CPU threads")
-    """CPU threads of a training stage; null: one a core."""
+    """CPU threads of a training stage's process; null: all cores, shared by its processes."""
+    processes: int = Field(1, ge=1, le=64)
+    """Processes of a training stage: it divides each step's forwards among them, with the same result."""
 
 
 class RunConfig(Frozen):
@@ -58,6 +65,10 @@ class RunConfig(Frozen):
     """The candidate by preference optimisation; null leaves it out."""
     ppo: PpoConfig | None = Field(PpoConfig(), title="PPO")
     """The candidate by PPO; null leaves it out."""
+    candidates: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Candidate] = Field(
+        default_factory=dict
+    )
+    """Further candidates by name, e.g. `simpo: {method: preference, loss: {name: simpo}}`."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out evaluation."""
     gate: GateConfig = GateConfig()
@@ -69,14 +80,14 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _has_candidate(self) -> Self:
-        if self.dpo is None and self.ppo is None:
+        if not self.all_candidates():
             raise ValueError("dpo and ppo are both null: a run needs at least one candidate")
+        taken = sorted(RESERVED_NAMES & self.candidates.keys())
+        if taken:
+            raise ValueError(f"candidates.{taken[0]}: the name is taken; give the candidate another")
         return self
 
-    def reference_logps(self) -> ReferenceLogpsConfig:
-        """Return how the reference scores the pairs that the preference stage trains on."""
-        assert self.dpo is not None
-        return ReferenceLogpsConfig(
-            max_prompt_tokens=self.dpo.max_prompt_tokens, max_response_tokens=self.dpo.max_response_tokens,
-            tokens_per_batch=self.dpo.tokens_per_batch, precision=self.dpo.precision,
-        )  # fmt: skip
+    def all_candidates(self) -> dict[str, PreferenceConfig | PpoConfig]:
+        """Return every candidate of the run by name, `dpo` and `ppo` first."""
+        named = {"dpo": self.dpo, "ppo": self.ppo, **self.candidates}
+        return {name: config for name, config in named.items() if config is not None}

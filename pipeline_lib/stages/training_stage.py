@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from pipeline_lib.errors import DataError
+from pipeline_lib.errors import DataError, InterruptedRunError
 from pipeline_lib.hashing import canonical_json
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.schema import ArtifactRef, Record, Split
@@ -31,6 +31,17 @@ def read_records(context: StageContext, dataset: ArtifactRef, split: Split) -> I
     """Read the records of one split of a dataset artifact."""
     for line in context.store.read_lines(dataset, f"{split.value}.jsonl"):
         yield Record.model_validate_json(line)
+
+
+def stop_as_asked(where: str) -> NoReturn:
+    """End a stage that was asked to stop.
+
+    Raises:
+        InterruptedRunError: Always.
+    """
+    raise InterruptedRunError(
+        f"stopped as asked {where}", next_step="run the same command again: it goes on from there"
+    )
 
 
 RowT = TypeVar("RowT")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,24 @@ class ChatTokenizer:
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE
         return cls(tokenizer)
+
+    def with_template(self, template: str) -> ChatTokenizer:
+        """Return the same tokenizer with another chat template; this one stays as it is."""
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_template = template
+        return ChatTokenizer(tokenizer)
+
+    def write_template(self, directory: Path) -> None:
+        """Give the tokenizer of a model folder this chat template; its vocabulary stays its own."""
+        kept = ChatTokenizer.load(directory).tokenizer
+        kept.chat_template = self.tokenizer.chat_template
+        kept.save_pretrained(directory)
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """True where the tokenizer itself puts its beginning-of-sequence token in front of a text."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and list(self.tokenizer("")["input_ids"])[:1] == [bos]
 
     @property
     def eos_id(self) -> int:

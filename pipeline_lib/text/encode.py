@@ -8,6 +8,7 @@ trained on and when it is generated from.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from pipeline_lib.errors import DataError
 from pipeline_lib.schema import Message, Record
@@ -24,11 +25,23 @@ class Tree:
     """One tuple a response, ending with the end-of-turn token unless it was cut."""
     prompt_counts: tuple[bool, ...]
     """True where a prompt token counts in the SFT loss: earlier turns of a demonstration."""
+    weight: float = 1.0
+    """How much the counted tokens of the tree weigh in a cross-entropy; other objectives have their own."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens the tree occupies in a batch: the prompt once, and every response."""
         return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
+
+    @property
+    def counted_turns(self) -> tuple[int, ...]:
+        """Counted tokens of each turn: of earlier ones that count, then of every response.
+
+        The first token of a text is predicted from nothing, so it never counts.
+        """
+        runs = groupby(self.prompt_counts[1:])
+        earlier = [sum(1 for _ in run) for counts, run in runs if counts]
+        return (*earlier, *(len(ids) for ids in self.response_ids if ids))
 
 
 @dataclass(frozen=True)
@@ -62,15 +75,15 @@ class Encoder:
                 continue
             header = self.chat.render(messages[:index], add_generation_prompt=True)
             closed = self.chat.render(messages[: index + 1], add_generation_prompt=False)
-            self._append(ids, counts, _extension(rendered, header, where=where), counted=False)
-            turn = _extension(header, closed, where=where)
+            self._append(ids, counts, extension(rendered, header, where=where), counted=False)
+            turn = extension(header, closed, where=where)
             turn_ids = self.chat.ids(turn)
             end = turn_ids.index(self.chat.eos_id) + 1 if self.chat.eos_id in turn_ids else len(turn_ids)
             ids += turn_ids
             counts += [True] * end + [False] * (len(turn_ids) - end)
             rendered = closed
         whole = self.chat.render(messages, add_generation_prompt=True)
-        self._append(ids, counts, _extension(rendered, whole, where=where), counted=False)
+        self._append(ids, counts, extension(rendered, whole, where=where), counted=False)
         return ids[-self.max_prompt_tokens :], counts[-self.max_prompt_tokens :]
 
     def response(self, content: str, *, where: str) -> list[int]:
@@ -88,7 +101,7 @@ class Encoder:
         Earlier assistant turns count only in a demonstration: where responses are compared, or none
         is there, the dialogue before them is a prompt like any other.
         """
-        where = f"row {record.id[:12]} ({record.origin.place or record.origin.source}:{record.origin.line or 0})"
+        where = place_of(record)
         prompt_ids, counts = self.prompt(record.messages, where=where)
         responses = tuple(tuple(self.response(response.content, where=where)) for response in record.responses)
         if len(responses) != 1:
@@ -101,7 +114,17 @@ class Encoder:
         counts += [counted] * len(new_ids)
 
 
-def _extension(start: str, whole: str, *, where: str) -> str:
+def place_of(record: Record) -> str:
+    """Name a row and where it came from, for messages."""
+    return f"row {record.id[:12]} ({record.origin.place or record.origin.source}:{record.origin.line or 0})"
+
+
+def extension(start: str, whole: str, *, where: str) -> str:
+    """Return what a rendered dialogue has after its beginning.
+
+    Raises:
+        DataError: It does not begin so: the template rewrites earlier turns.
+    """
     if not whole.startswith(start):
         raise DataError(
             f"{where}: the chat template changes earlier turns when later ones are added",

@@ -7,7 +7,9 @@ A packed batch is one row that holds many trees. A position attends to the posit
 its own tree that are prompt or of its own response. What all prompts of a batch begin with (a
 system turn) is a trunk that stands there once and is seen by all. Positions count from 0 in every
 prompt, and each response goes on from the end of its prompt, so rotary embeddings are those of the
-unpacked text. The padded form holds one (prompt, response) a row and serves every model.
+unpacked text. Who sees whom is kept as two numbers a position (`text.visibility`); a mask of T x T
+is made only where a model needs one. The padded form holds one (prompt, response) a row and serves
+every model.
 
 A counted token is predicted from the position before it: `source_N` says which position that is
 (the last prompt position for a response's first token, shared by all K responses).
@@ -23,9 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.text.encode import Tree
-
-_TRUNK = -1
-"""Tree number of the tokens that all trees of a batch share."""
+from pipeline_lib.text.visibility import TRUNK, Visibility
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class TreeBatch:
     trees: tuple[Tree, ...]
     input_ids_BT: Tensor
     position_ids_BT: Tensor
-    attention_mask: Tensor
-    """Packed: bool `(1, 1, T, T)`, True = may attend. Padded: `(B, T)`, 1 = a token."""
+    token_mask_BT: Tensor
+    """True = a token, False = padding; a packed batch has none."""
+    visibility: Visibility | None
+    """Who sees whom in a packed row; None in a padded batch."""
     source_N: Tensor
     """Flat position from which a counted token is predicted."""
     label_N: Tensor
@@ -45,6 +47,18 @@ class TreeBatch:
     """Index of the response that a counted token belongs to."""
     last_R: Tensor
     """Flat position of each response's last token."""
+
+    @property
+    def is_packed(self) -> bool:
+        """True: one row of prompt trees; False: a row per response."""
+        return self.visibility is not None
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """The mask in its plain form: packed, bool `(1, 1, T, T)`, made now; padded, 0 or 1, `(B, T)`."""
+        if self.visibility is None:
+            return self.token_mask_BT.long()
+        return self.visibility.dense()[None, None]
 
     @property
     def num_responses(self) -> int:
@@ -72,10 +86,18 @@ class TreeBatch:
             return self
         moved = {
             name: getattr(self, name).to(device)
-            for name in ("input_ids_BT", "position_ids_BT", "attention_mask", "source_N", "label_N",
-                         "response_N", "last_R")
-        }  # fmt: skip
-        return replace(self, **moved)
+            for name in (
+                "input_ids_BT",
+                "position_ids_BT",
+                "token_mask_BT",
+                "source_N",
+                "label_N",
+                "response_N",
+                "last_R",
+            )
+        }
+        visibility = None if self.visibility is None else self.visibility.to(device)
+        return replace(self, visibility=visibility, **moved)
 
 
 def bins(trees: Sequence[Tree], *, token_budget: int) -> list[list[int]]:
@@ -121,7 +143,7 @@ def pack(trees: Sequence[Tree]) -> TreeBatch:
     trunk = trunk_length(trees)
     ids = list(trees[0].prompt_ids[:trunk])
     positions = list(range(trunk))
-    tree_of = [_TRUNK] * trunk
+    tree_of = [TRUNK] * trunk
     branch_of = [0] * trunk  # 0 for the prompt, else 1 + the response's index in its tree
     plan = _Counted()
     for tree_index, tree in enumerate(trees):
@@ -139,11 +161,8 @@ def pack(trees: Sequence[Tree]) -> TreeBatch:
             ids += response
             tree_of += [tree_index] * len(response)
             branch_of += [branch + 1] * len(response)
-    tree_T, branch_T = torch.tensor(tree_of), torch.tensor(branch_of)
-    same_tree_TT = (tree_T[:, None] == tree_T[None, :]) | (tree_T[None, :] == _TRUNK)
-    seen_TT = (branch_T[None, :] == 0) | (branch_T[:, None] == branch_T[None, :])
-    mask_TT = (same_tree_TT & seen_TT).tril()
-    return plan.batch(tuple(trees), torch.tensor([ids]), torch.tensor([positions]), mask_TT[None, None])
+    visibility = Visibility(torch.tensor(tree_of), torch.tensor(branch_of), torch.tensor(positions))
+    return plan.batch(tuple(trees), torch.tensor([ids]), torch.tensor([positions]), visibility=visibility)
 
 
 def pad(trees: Sequence[Tree], *, pad_id: int) -> TreeBatch:
@@ -151,7 +170,7 @@ def pad(trees: Sequence[Tree], *, pad_id: int) -> TreeBatch:
     rows = [(tree, ids) for tree in trees for ids in (tree.response_ids or ((),))]
     width = max(len(tree.prompt_ids) + len(ids) for tree, ids in rows)
     input_ids_BT = torch.full((len(rows), width), pad_id)
-    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.bool)
     plan = _Counted()
     row = 0
     for tree in trees:
@@ -159,13 +178,13 @@ def pad(trees: Sequence[Tree], *, pad_id: int) -> TreeBatch:
         for ids in tree.response_ids or ((),):
             whole = (*tree.prompt_ids, *ids)
             input_ids_BT[row, : len(whole)] = torch.tensor(whole)
-            mask_BT[row, : len(whole)] = 1
+            mask_BT[row, : len(whole)] = True
             first = row * width + len(tree.prompt_ids)
             if ids:
                 plan.add_response(ids, before=first - 1, first=first)
             row += 1
     positions_BT = torch.arange(width).expand(len(rows), width).contiguous()
-    return plan.batch(tuple(trees), input_ids_BT, positions_BT, mask_BT)
+    return plan.batch(tuple(trees), input_ids_BT, positions_BT, mask_BT=mask_BT)
 
 
 class _Counted:
@@ -204,11 +223,19 @@ class _Counted:
         self.label.append(token)
         self.response.append(response)
 
-    def batch(self, trees: tuple[Tree, ...], input_ids: Tensor, positions: Tensor, mask: Tensor) -> TreeBatch:
+    def batch(
+        self,
+        trees: tuple[Tree, ...],
+        input_ids_BT: Tensor,
+        positions_BT: Tensor,
+        *,
+        mask_BT: Tensor | None = None,
+        visibility: Visibility | None = None,
+    ) -> TreeBatch:
         """Make the batch of what was collected."""
-        as_long = torch.long
-        return TreeBatch(
-            trees, input_ids, positions, mask,
-            torch.tensor(self.source, dtype=as_long), torch.tensor(self.label, dtype=as_long),
-            torch.tensor(self.response, dtype=as_long), torch.tensor(self.last, dtype=as_long),
-        )  # fmt: skip
+        if mask_BT is None:
+            mask_BT = torch.ones_like(input_ids_BT, dtype=torch.bool)
+        source_N, label_N, response_N, last_R = (
+            torch.tensor(values, dtype=torch.long) for values in (self.source, self.label, self.response, self.last)
+        )
+        return TreeBatch(trees, input_ids_BT, positions_BT, mask_BT, visibility, source_N, label_N, response_N, last_R)

@@ -27,6 +27,8 @@ class ProcessGroup:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.size > 1 and not distributed.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(self.rank % torch.cuda.device_count())
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
     @property

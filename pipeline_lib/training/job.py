@@ -7,7 +7,6 @@ the pipe it is given, and names its error there instead of printing a stack trac
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import logging
@@ -21,9 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline_lib.errors import MemoryLimitError, PipelineError
+from pipeline_lib.errors import ChildDiedError, MemoryLimitError, PipelineError
+from pipeline_lib.training.followers import followers
+from pipeline_lib.training.orphans import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _PROGRESS_EVERY_S = 0.2
 
 
@@ -70,12 +70,6 @@ class StopRequest:
         return self._requested.is_set()
 
 
-def die_with_parent() -> None:
-    """Ask the system for SIGTERM when the parent ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
 def main(job_json: str, pipe: Connection, log_path: str, environment: dict[str, str]) -> None:
     """Run one job and end the process with the error's exit code.
 
@@ -117,11 +111,19 @@ def _run(text: str, events: PipeEvents, should_stop: StopRequest) -> dict[str, A
     # Resolved by name: stages stand above training, and no import may point upward.
     execute = importlib.import_module("pipeline_lib.stages.execute")
     job = execute.Job.model_validate_json(text)
-    if job.threads is not None:
-        importlib.import_module("torch").set_num_threads(job.threads)
+    execute.use_threads(job)
     store = importlib.import_module("pipeline_lib.storage.store").ArtifactStore(
         job.storage, cache_directory=Path(job.home) / "cache"
     )
-    ref = execute.run_here(job, store=store, events=events, should_stop=should_stop)
+
+    def on_death(rank: int, code: int) -> None:
+        # The others wait for it in a sum that never comes: end here, the newest checkpoint is committed.
+        cause = f"process {rank} of stage {job.stage}'s {job.processes} ended with code {code}"
+        next_step = "read the stage's log; the same command goes on from the last checkpoint"
+        events.send(event="error", error=_described("ChildDiedError", cause, next_step))
+        os._exit(ChildDiedError.exit_code)
+
+    with followers(text, job.processes, on_death=on_death):
+        ref = execute.run_here(job, store=store, events=events, should_stop=should_stop)
     dumped: dict[str, Any] = ref.model_dump()
     return dumped

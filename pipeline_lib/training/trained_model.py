@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.models.adapters import Adapter, add_adapter
 from pipeline_lib.models.base import save_model, stored_dtype
-from pipeline_lib.models.logprobs import supports_trees
 from pipeline_lib.models.merging import merge
 from pipeline_lib.models.precision import default_device, resolve_dtype
 from pipeline_lib.models.settings import PrefixSettings, QloraSettings
+from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.models.virtual_tokens import VirtualTokens, virtual_tokens_of
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.training.recipe import ParameterGroup

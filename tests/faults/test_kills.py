@@ -29,7 +29,7 @@ KILLS = {
     "sft": ["step-0", "step-1", "before_commit", "after_commit"],
     "reward": ["step-0", "before_commit"],
     "reference_logps": ["before_commit"],
-    "dpo": ["step-0", "before_commit"],
+    "preference": ["step-0", "before_commit"],
     "ppo": ["step-0", "step-2", "step-5", "step-7", "before_commit"],
     "evaluate": ["before_commit"],
 }
@@ -99,9 +99,15 @@ class Line:
         sft = self.run("sft", config.sft, kills=points("sft"), base_model=base, dataset=data)
         reward = self.run("reward", config.reward, kills=points("reward"), sft_model=sft, dataset=data)
         logps = self.run(
-            "reference_logps", config.reference_logps(), kills=points("reference_logps"), sft_model=sft, dataset=data
+            "reference_logps",
+            config.dpo.reference_logps(),
+            kills=points("reference_logps"),
+            sft_model=sft,
+            dataset=data,
         )
-        dpo = self.run("dpo", config.dpo, kills=points("dpo"), sft_model=sft, dataset=data, reference_logps=logps)
+        dpo = self.run(
+            "preference", config.dpo, kills=points("preference"), sft_model=sft, dataset=data, reference_logps=logps
+        )
         ppo = self.run("ppo", config.ppo, kills=points("ppo"), sft_model=sft, reward_model=reward, dataset=data)
         evaluation = self.run(
             "evaluate", config.evaluate, kills=points("evaluate"),

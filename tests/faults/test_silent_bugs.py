@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraModel
 from safetensors.torch import save_file
 
 from pipeline_lib.errors import DivergedError, InterruptedRunError, ResumeMismatchError
@@ -25,7 +26,6 @@ from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training import loop as loop_module
-from pipeline_lib.training import trained_model
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import StepLoss
 from pipeline_lib.training.recipes.preference import PreferenceRecipe
@@ -34,6 +34,7 @@ from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.settings import TrainingSettings
 from tests.toy import (
     DEMONSTRATIONS,
+    JUDGED,
     PAIRS,
     World,
     dpo_recipe,
@@ -93,8 +94,8 @@ def test_02_the_base_model_is_not_taken_for_the_reference(
     fine_tuned.policy.save(tmp_path / "sft")
     of_base = response_logps(load_causal_model(directory, dtype=torch.float32), PAIRS, layout())
     recipe = PreferenceRecipe(
-        policy_of(tmp_path / "sft", settings()), DataPlan.of(PAIRS, settings()), layout(), objective=Dpo(),
-        reference={name: tuple(row) for name, row in of_base.items()},
+        policy_of(tmp_path / "sft", settings()), DataPlan.of(PAIRS, settings()), layout(),
+        objective=Dpo(), judgements=JUDGED, reference={name: tuple(row) for name, row in of_base.items()},
     )  # fmt: skip
     with pytest.raises(DivergedError, match="policy and reference differ"):
         World.at(tmp_path / "dpo").loop(recipe, settings()).run()
@@ -241,8 +242,8 @@ def test_12_the_adapters_are_not_lost_in_merging(
     prompts = [torch.tensor([list(tree.prompt_ids)]) for tree in DEMONSTRATIONS] + [torch.tensor([[5, 6]])] * 2
     with torch.no_grad():
         adapted = [recipe.policy.model(ids).logits for ids in prompts]
-    monkeypatch.setattr(trained_model, "merge", lambda wrapper: wrapper.unload())
-    with pytest.raises(DivergedError, match="training changed no weight in the storage format"):
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())
+    with pytest.raises(DivergedError, match="the merged model is not the adapted one"):
         recipe.policy.save(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
     monkeypatch.undo()

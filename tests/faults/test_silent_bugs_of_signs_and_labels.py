@@ -15,20 +15,18 @@ from transformers import PreTrainedModel
 
 from pipeline_lib.errors import DataError
 from pipeline_lib.losses.policy import clipped_policy_loss
-from pipeline_lib.losses.preference.dpo import Dpo
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.sampling import SamplingSettings, sample
 from pipeline_lib.models.scoring import response_logps
 from pipeline_lib.models.tiny import byte_tokenizer, write_tiny_model
 from pipeline_lib.rl.kl import kl_estimate
-from pipeline_lib.stages import reference_logps
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.text.pack import TreeBatch, pack, pad
 from pipeline_lib.training.plan import DataPlan
+from pipeline_lib.training.ranking import RankedPairs
 from pipeline_lib.training.recipes import ppo as ppo_module
-from pipeline_lib.training.recipes.preference import PreferenceRecipe
 from pipeline_lib.training.recipes.sft import SftRecipe
 from pipeline_lib.training.rollout import Rollouts, rollout_tree
 from tests.toy import (
@@ -41,6 +39,7 @@ from tests.toy import (
     policy_of,
     ppo_recipe,
     ppo_settings,
+    preference_recipe,
     record,
     settings,
     short_tree,
@@ -137,15 +136,9 @@ BETTER_THAN = {("yes, good", "no, bad"), ("yes, good", "so so"), ("so so", "no, 
 
 def check_labels(directory: Path, world: World) -> None:
     """Pairs of known rows, trained on: each must come to prefer what people preferred."""
-    rows = [pair for row in GOLDEN for pair in reference_logps.pairs_of(row)]
-    chosen = settings(batch_size=9, epochs=6)
-    policy = policy_of(directory, chosen)
-    trees = [encoder().tree(row) for row in rows]
-    before = response_logps(policy.model, trees, layout())
-    recipe = PreferenceRecipe(
-        policy, DataPlan.of(trees, chosen), layout(), objective=Dpo(beta=0.5),
-        reference={name: tuple(row) for name, row in before.items()},
-    )  # fmt: skip
+    chosen = settings(batch_size=3, epochs=6)
+    recipe = preference_recipe(directory, chosen, {"name": "dpo", "beta": 0.5}, GOLDEN)
+    policy = recipe.policy
     world.loop(recipe, chosen).run()
     texts = {text: encoder().response(text, where="golden") for pair in BETTER_THAN for text in pair}
     agreed = 0
@@ -162,14 +155,14 @@ def tiny_llama_of(directory: Path) -> PreTrainedModel:
 
 
 def test_04_swapped_columns(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {tuple(r.content for r in pair.responses) for pair in reference_logps.pairs_of(GOLDEN[0])} == BETTER_THAN
     check_labels(directory, World.at(tmp_path / "good"))
-    right = reference_logps.pairs_of
 
-    def swapped(row: Any) -> Any:
-        return [pair.model_copy(update={"responses": pair.responses[::-1]}) for pair in right(row)]
+    def swapped(batch: Any, ranks: Any) -> RankedPairs:
+        right = of(batch, ranks)
+        return RankedPairs(right.worse_P, right.better_P)
 
-    monkeypatch.setattr(reference_logps, "pairs_of", swapped)
+    of = RankedPairs.of
+    monkeypatch.setattr(RankedPairs, "of", swapped)
     with pytest.raises(AssertionError, match="chosen and rejected are swapped: 0 of 6"):
         check_labels(directory, World.at(tmp_path / "bad"))
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _EXAMPLES_PER_CODE = 2
 _MOST_EXAMPLES = 24
 _MODEL_ORDER = ("base", "sft", "dpo", "ppo", "champion")
-_TRAINING_ORDER = ("sft", "reward", "dpo", "ppo")
+_TRAINING_ORDER = ("sft", "reward", "preference", "conditional", "ppo")
 _SAMPLED_ITERATIONS = 3
 
 Series = dict[str, list[tuple[float, float]]]
@@ -88,6 +88,8 @@ class Training:
     """A training stage: its figures over steps."""
 
     stage: str
+    names: tuple[str, ...]
+    """The run's names of the model it made, e.g. `simpo`; mostly none or one."""
     ref: ArtifactRef
     series: Series
     facts: dict[str, Any]
@@ -205,10 +207,10 @@ def _splits(store: ArtifactStore, dataset: Node) -> tuple[SplitRows, ...]:
 
 def _trainings(store: ArtifactStore, lineage: Lineage) -> tuple[Training, ...]:
     nodes = [node for node in lineage.own if node.has("metrics.jsonl")]
-    nodes.sort(key=lambda node: _place(node.stage, _TRAINING_ORDER))
+    nodes.sort(key=lambda node: (_place(node.stage, _TRAINING_ORDER), node.names))
     return tuple(
         Training(
-            node.stage, node.ref, _series(list(_rows(store, node.ref, "metrics.jsonl")), "step"),
+            node.stage, node.names, node.ref, _series(list(_rows(store, node.ref, "metrics.jsonl")), "step"),
             store.read_json(node.ref, "training.json") if node.has("training.json") else {},
         )
         for node in nodes

@@ -18,12 +18,13 @@ from pipeline_lib.evaluation.report.wording import bounds, count, number, percen
 from pipeline_lib.schema import CandidateVerdict, Interval, Verdict
 
 _STAGE_TITLES = {
-    "sft": "Supervised fine-tuning", "reward": "Reward model", "dpo": "Preference optimisation (DPO)", "ppo": "PPO",
+    "sft": "Supervised fine-tuning", "reward": "Reward model", "preference": "Preference optimisation",
+    "conditional": "Conditional fine-tuning", "ppo": "PPO",
 }  # fmt: skip
 _CURVES: dict[str, tuple[tuple[str, str], ...]] = {
     "sft": (("loss", "Loss (nats a token)"), ("grad_norm_policy", "Gradient norm"), ("learning_rate", "Learning rate")),
     "reward": (("loss", "Loss"), ("accuracy_frac", "Training accuracy"), ("margin", "Margin of scores")),
-    "dpo": (
+    "preference": (
         ("loss", "Loss"), ("accuracy_frac", "Training accuracy"),
         ("log_ratio_margin_nats", "Log-ratio margin (nats)"),
     ),
@@ -143,7 +144,7 @@ def stage_curves(data: ReportData) -> list[StageCurves]:
             rows = training.facts.get("rows")
             found.append(
                 StageCurves(
-                    _STAGE_TITLES.get(training.stage, training.stage), str(training.ref),
+                    _title(training), str(training.ref),
                     max(len(points) for points in training.series.values()), rows if isinstance(rows, int) else None,
                     data.lineage[training.ref].manifest.measurements.get("wall_s"), charts,
                 )
@@ -226,6 +227,12 @@ def as_yaml(values: Mapping[str, Any]) -> str:
     text = StringIO()
     yaml.dump(dict(values), text)
     return text.getvalue().rstrip("\n")
+
+
+def _title(training: Training) -> str:
+    title = _STAGE_TITLES.get(training.stage, training.stage)
+    names = [name for name in training.names if name not in (training.stage, "champion")]
+    return f"{title} ({', '.join(names)})" if names else title
 
 
 def _curves_of(training: Training) -> Sequence[tuple[str, str]]:

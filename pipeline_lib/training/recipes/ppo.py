@@ -28,6 +28,7 @@ from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic
 from pipeline_lib.training.forward import training_forward
+from pipeline_lib.training.group import ProcessGroup
 from pipeline_lib.training.plan import DataPlan, permutation
 from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss, StopRequestedError
 from pipeline_lib.training.reference import Reference
@@ -86,7 +87,7 @@ class PpoRecipe:
         iteration, place = divmod(step, self.steps_per_iteration)
         # A stop between sampling and the update leaves a checkpoint with the new rollouts in it.
         if place == 0 and self.iteration_figures.get("iteration") != iteration:
-            self.rollouts = self._collect(iteration)
+            self.rollouts = self._collect_once(iteration)
             self._finish_iteration(iteration, self.rollouts)
         rollouts = self._current()
         epoch, minibatch = divmod(place, self.settings.minibatches)
@@ -139,11 +140,13 @@ class PpoRecipe:
         return self.iteration_figures
 
     def check_start(self, step: int, figures: Mapping[str, float]) -> None:  # noqa: ARG002
-        """Check that the policy starts as its reference.
+        """Check that the policy starts as its reference, unless what was put in front of it is new.
 
         Raises:
             DivergedError: The KL of the first rollouts is not 0.
         """
+        if not self.policy.starts_as_reference:
+            return
         rollouts = self._current()
         apart = float((rollouts.logp_N - rollouts.ref_logp_N).abs().mean())
         if apart > START_TOLERANCE_NATS_PER_TOKEN:
@@ -176,6 +179,14 @@ class PpoRecipe:
     def _current(self) -> Rollouts:
         assert self.rollouts is not None, "an iteration begins with rollouts"
         return self.rollouts
+
+    def _collect_once(self, iteration: int) -> Rollouts:
+        """Sample in the first process and hand the same rollouts to all."""
+        group = ProcessGroup()
+        rollouts = self._collect(iteration) if group.is_first else None
+        shared = group.from_first(rollouts)
+        assert shared is not None
+        return shared
 
     def _collect(self, iteration: int) -> Rollouts:
         prompts = self.plan.full_batch(iteration)

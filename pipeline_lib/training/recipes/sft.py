@@ -1,35 +1,180 @@
 """Supervised fine-tuning: cross-entropy on response tokens and their end-of-turn token.
 
-L = -sum_t m_t log pi(y_t | x, y_<t) / sum_t m_t, the token mean over the whole step (methods 2.1).
+L = sum_t w_t nll_t / sum_t w_t over the whole step (methods 2.1), the weights by row and by reduction;
+plus, where asked for, the KL to the model that training began with, weighted alike, and the
+language-model loss on pretraining text. Conditional methods (2.13, 2.14) are this recipe on rows of
+their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pipeline_lib.models.logprobs import token_logps
+import torch
+from torch import Tensor
+
+from pipeline_lib.losses.cross_entropy import CrossEntropy
+from pipeline_lib.losses.tokens import token_logps_from_hidden
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, hidden_states, token_logps
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.plan import DataPlan
+from pipeline_lib.training.pretraining import PretrainingRows, is_pretraining
 from pipeline_lib.training.recipe import Figure, StepLoss
 from pipeline_lib.training.recipes.offline import OfflineRows
+from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.trained_model import TrainedModel
+
+
+@dataclass(frozen=True)
+class KlPenalty:
+    """A pull towards the model that training began with: + coef KL(policy || reference) a token."""
+
+    coef: float
+    reference: Reference
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What is weighted and summed, for each counted token."""
+
+    logp_N: Tensor
+    loss_N: Tensor
+    """The smoothed negative log-likelihood."""
+    kl_N: Tensor | None
 
 
 class SftRecipe(OfflineRows):
     """Trains a causal language model on demonstrations."""
 
-    def __init__(self, policy: TrainedModel, plan: DataPlan, layout: Layout) -> None:
-        """Take the model and its rows."""
+    def __init__(
+        self,
+        policy: TrainedModel,
+        plan: DataPlan,
+        layout: Layout,
+        *,
+        objective: CrossEntropy | None = None,
+        kl: KlPenalty | None = None,
+        pretraining: PretrainingRows | None = None,
+    ) -> None:
+        """Take the model and its rows.
+
+        Args:
+            policy: The model that is trained.
+            plan: Rows as trees of one response.
+            layout: How trees become forwards.
+            objective: Reduction and label smoothing; by default the token mean without smoothing.
+            kl: Adds the KL to a reference.
+            pretraining: Adds the loss on pretraining text.
+        """
         super().__init__(policy, plan, layout)
-        self.policy = policy
+        self.policy, self.objective = policy, objective or CrossEntropy()
+        self.kl, self.pretraining = kl, pretraining
+
+    def micro_batches(self, step: int) -> Sequence[TreeBatch]:
+        """Return the forwards of a step; pretraining text has forwards of its own."""
+        batches = list(super().micro_batches(step))
+        if self.pretraining is not None:
+            batches += self.layout.batches(self.pretraining.rows(step))
+        return batches
 
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
-        """Return the token mean over all of the step's counted tokens."""
-        num_tokens = sum(member.num_counted for member in step_batches)
-        nll = -token_logps(self.policy.model, batch).token_logp_N.sum()
+        """Return a forward's part of the step's weighted mean; pretraining text has a mean of its own."""
+        is_text = is_pretraining(batch)
+        peers = [member for member in step_batches if is_pretraining(member) == is_text]
+        divisor = self._divisor(peers)
+        if is_text:
+            assert self.pretraining is not None, "pretraining text without its settings"
+            logp_N = token_logps(self.policy.model, batch).token_logp_N
+            total = _weighted_sum(-logp_N, self._weights(batch, like=logp_N))
+            nll = Figure(-float(logp_N.detach().sum()), batch.num_counted)
+            return StepLoss(self.pretraining.coef * total / divisor, {"pretraining_nll_per_token_nats": nll})
+        terms = self._terms(batch)
+        weight_N = self._weights(batch, like=terms.loss_N)
+        total = _weighted_sum(terms.loss_N, weight_N)
         figures = {
-            "nll_per_token_nats": Figure(float(nll.detach()), batch.num_counted),
-            "tokens": Figure(batch.num_counted, 1 / len(step_batches)),
+            "nll_per_token_nats": Figure(-float(terms.logp_N.detach().sum()), batch.num_counted),
+            "tokens": Figure(batch.num_counted, 1 / len(peers)),
         }
-        return StepLoss(nll / num_tokens, figures)
+        if terms.kl_N is not None:
+            assert self.kl is not None
+            total = total + self.kl.coef * _weighted_sum(terms.kl_N, weight_N)
+            figures["kl_per_token_nats"] = Figure(float(terms.kl_N.detach().sum()), batch.num_counted)
+        return StepLoss(total / divisor, figures)
+
+    def _divisor(self, batches: Sequence[TreeBatch]) -> float:
+        if self.objective.reduction == "sum":
+            return 1.0
+        rows = [tree for batch in batches for tree in batch.trees]
+        return sum(self.objective.divisor(tree.counted_turns, row_weight=tree.weight) for tree in rows)
+
+    def _weights(self, batch: TreeBatch, *, like: Tensor) -> Tensor | None:
+        """Return the weight of each counted token; None where all weigh 1."""
+        is_by_token = self.objective.reduction in ("token_mean", "sum")
+        if is_by_token and all(tree.weight == 1.0 for tree in batch.trees):
+            return None
+        values: list[float] = []
+        counts: list[int] = []
+        for tree in batch.trees:
+            assert len(tree.response_ids) == 1, "a row of cross-entropy has one response"
+            counts += tree.counted_turns
+            values += self.objective.turn_weights(tree.counted_turns, row_weight=tree.weight)
+        return like.new_tensor(values).repeat_interleave(torch.tensor(counts, device=like.device))
+
+    def _terms(self, batch: TreeBatch) -> _Terms:
+        """Run the model, and the reference where its distribution is needed."""
+        model, smoothing = self.policy.model, self.objective.label_smoothing
+        if self.kl is None and not smoothing:
+            logp_N = token_logps(model, batch).token_logp_N
+            return _Terms(logp_N, -logp_N, None)
+        reference_ND = None
+        if self.kl is not None:
+            # Before the policy runs: inside the block the adapters are off.
+            with torch.no_grad(), self.kl.reference.active() as reference:
+                reference_ND = hidden_states(reference, batch)[batch.source_N]
+                reference_head = reference.get_output_embeddings().weight.detach()
+        head = model.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        hidden_ND = hidden_states(model, batch)[batch.source_N]
+        logp_N, _ = token_logps_from_hidden(
+            hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS
+        )
+        loss_N = -logp_N
+        if smoothing:
+            loss_N = self.objective.smoothed(logp_N, mean_logps(logp_N, hidden_ND, head.weight, bias_V, batch.label_N))
+        kl_N = None
+        if reference_ND is not None:
+            from pipeline_lib.losses.tokens import full_kl_from_hidden  # noqa: PLC0415
+
+            kl_N = full_kl_from_hidden(
+                hidden_ND, head.weight, reference_ND, reference_head, chunk_tokens=HEAD_CHUNK_TOKENS
+            )
+        return _Terms(logp_N, loss_N, kl_N)
+
+
+def mean_logps(
+    token_logp_N: Tensor, hidden_ND: Tensor, head_weight_VD: Tensor, head_bias_V: Tensor | None, labels_N: Tensor
+) -> Tensor:
+    """Return the mean over the vocabulary of each token's log-probabilities, without any logits.
+
+    mean_v logp_v = logp_y + h . (mean_v w_v - w_y) + (mean_v b_v - b_y): the normaliser is the same for
+    all v, and the mean of the logits is the logit of the mean row. Exact, and differentiable.
+
+    Args:
+        token_logp_N: Log-probability of each label, from the same hidden states.
+        hidden_ND: Hidden states that predict the labels.
+        head_weight_VD: The language-model head.
+        head_bias_V: Its bias, where it has one.
+        labels_N: Token ids.
+    """
+    wide = torch.promote_types(token_logp_N.dtype, torch.float32)
+    gap_ND = head_weight_VD.to(wide).mean(0) - head_weight_VD[labels_N].to(wide)
+    mean_N = token_logp_N + (hidden_ND.to(wide) * gap_ND).sum(-1)
+    if head_bias_V is not None:
+        mean_N = mean_N + head_bias_V.to(wide).mean() - head_bias_V[labels_N].to(wide)
+    return mean_N
+
+
+def _weighted_sum(values_N: Tensor, weight_N: Tensor | None) -> Tensor:
+    return values_N.sum() if weight_N is None else (values_N * weight_N).sum()

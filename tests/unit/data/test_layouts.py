@@ -49,6 +49,7 @@ HH_PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 EXPECTED: list[tuple[str, dict[str, Any], tuple[list[tuple[str, str]], list[str], list[int]]]] = [
     ("prompt_completion", {"prompt": "p", "completion": "c"}, ([("user", "p")], ["c"], [])),
     ("prompt_completion", {"question": "p", "answer": "c"}, ([("user", "p")], ["c"], [])),
+    ("rated", {"prompt": "p", "completion": "c", "label": False}, ([("user", "p")], ["c"], [])),
     (
         "prompt_completion",
         {"prompt": [{"role": "system", "content": "s"}, user("p")], "completion": [assistant("c")]},
@@ -132,6 +133,13 @@ def test_layout_is_found_and_mapped(layout: str, values: dict[str, Any], expecte
     assert detect(values) == layout
     assert shown(only(values)) == expected
     assert shown(only(values, layout=layout)) == expected
+
+
+def test_a_label_makes_a_rated_row_that_is_no_demonstration() -> None:
+    good, bad = (only({"prompt": "p", "completion": "c", "label": label}) for label in (True, False))
+    assert (good.kind, good.desirable) == ("rated", True)
+    assert (bad.kind, bad.desirable) == ("rated", False)
+    assert len({good.id, bad.id, only({"prompt": "p", "completion": "c"}).id}) == 3
 
 
 def test_every_layout_has_an_example() -> None:

@@ -267,8 +267,8 @@ def synthetic_run(store: FakeStore, *, winner: str | None = "dpo", with_ppo: boo
     logps = store.add(
         "reference_logps", "reference_logps", {"sft_model": sft, "dataset": dataset}, {"logps.json": b"{}"}
     )
-    dpo = store.add("dpo", "model", {"sft_model": sft, "dataset": dataset, "reference_logps": logps},
-                    {"metrics.jsonl": metrics("dpo", 20, 0.693, 0.4), "training.json": facts})  # fmt: skip
+    dpo = store.add("preference", "model", {"sft_model": sft, "dataset": dataset, "reference_logps": logps},
+                    {"metrics.jsonl": metrics("preference", 20, 0.693, 0.4), "training.json": facts})  # fmt: skip
     models = {"base": (base, 0.3), "sft": (sft, 0.5), "dpo": (dpo, 0.8)}
     ppo = None
     if with_ppo:

@@ -146,7 +146,7 @@ def test_a_report_card_without_tables_shows_its_tiles_alone(synthetic: SimpleNam
 
 def test_every_training_stage_has_its_curves(page: str) -> None:
     text = outline_of(page).text
-    for title in ("Supervised fine-tuning", "Reward model", "Preference optimisation (DPO)", "PPO"):
+    for title in ("Supervised fine-tuning", "Reward model", "Preference optimisation (dpo)", "PPO"):
         assert title in text
     assert "120 steps on 60 rows" in text
     labels = re.findall(r'<svg class="chart" [^>]*aria-label="([^"]*)"', page)

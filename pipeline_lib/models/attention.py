@@ -1,0 +1,293 @@
+"""Attention over prompt trees: tree by tree on CPU, block by block (FlexAttention) on CUDA.
+
+Legend: B rows, H heads, T positions, K keys (virtual tokens before the row included), D head width.
+
+One attention function is given to transformers under a name of ours. Where a forward brings
+`tree_masks` it computes the trees' attention; anywhere else (padded rows, sampling) it is
+transformers' own. On CPU each tree attends by itself, so that the cost grows with the sum of the
+squared tree lengths and not with the squared row; on CUDA a block mask skips what no tree sees.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.text.visibility import TRUNK, Visibility
+
+TREE_ATTENTION = "prompt_trees"
+"""The name of our attention among those of transformers."""
+BLOCK_SIZE = 128
+"""Positions of a block of FlexAttention's mask."""
+
+
+def register_tree_attention() -> None:
+    """Make our attention known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(TREE_ATTENTION, attention_of_trees)
+    AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+
+
+class TreeMasks:
+    """The masks of one packed row, each made at its first use and shared by all layers."""
+
+    def __init__(self, visibility: Visibility) -> None:
+        """Take who sees whom in the row."""
+        self.visibility = visibility
+        self._by_tree: dict[tuple[int, int | None, torch.dtype], list[Tensor | None]] = {}
+        self._blocks: dict[tuple[int, int | None], BlockMask] = {}
+        self._behind: TreeMasks | None = None
+
+    def for_queries(self, num: int) -> TreeMasks:
+        """Return the masks of a row with this many positions, of which the first may be virtual tokens."""
+        extra = num - self.visibility.num_positions
+        if extra == 0:
+            return self
+        if self._behind is None or self._behind.visibility.num_positions != num:
+            self._behind = TreeMasks(self.visibility.behind(extra))
+        return self._behind
+
+    def by_tree(self, *, prefix: int, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
+        """Return the additive mask of each stretch of the row: the trunk, then the trees.
+
+        Its keys are the virtual tokens, the trunk and the tree itself. None stands for plain
+        causal attention, which needs no mask.
+        """
+        key = (prefix, window, dtype)
+        if key not in self._by_tree:
+            self._by_tree[key] = self._make_by_tree(prefix, window, dtype)
+        return self._by_tree[key]
+
+    def _make_by_tree(self, prefix: int, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
+        visibility = self.visibility
+        trunk, masks, start = visibility.sizes[0], [], 0
+        for index, (size, is_chain) in enumerate(zip(visibility.sizes, visibility.is_chain, strict=True)):
+            before = trunk if index else 0
+            if is_chain and not (prefix or before) and window is None:
+                masks.append(None)
+            else:
+                queries = slice(start, start + size)
+                parts = [visibility.between(queries, queries, window=window)]
+                if before:
+                    parts.insert(0, visibility.between(queries, slice(0, before), window=window))
+                if prefix:
+                    parts.insert(0, parts[0].new_ones(size, prefix))
+                seen = torch.cat(parts, dim=1)
+                masks.append(torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))[None, None])
+            start += size
+        return masks
+
+    def blocks(self, *, prefix: int, window: int | None) -> BlockMask:
+        """Return FlexAttention's mask, made from the two vectors without a T x T mask in memory."""
+        key = (prefix, window)
+        if key not in self._blocks:
+            self._blocks[key] = block_mask(self.visibility, prefix=prefix, window=window)
+        return self._blocks[key]
+
+
+def block_mask(visibility: Visibility, *, prefix: int = 0, window: int | None = None) -> BlockMask:
+    """Build the block mask of a packed row.
+
+    Args:
+        visibility: Who sees whom in the row.
+        prefix: Keys before the row that every position sees (virtual tokens).
+        window: Tokens that a position looks back at, itself included; None: all.
+    """
+    blocks = visibility.blocks(block_size=BLOCK_SIZE, prefix=prefix, window=window)
+    tree_T, branch_T, position_T = visibility.tree_T, visibility.branch_T, visibility.position_T
+
+    def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+        place = (key - prefix).clamp(min=0)
+        seen = (query >= place) & ((tree_T[query] == tree_T[place]) | (tree_T[place] == TRUNK))
+        seen = seen & ((branch_T[place] == 0) | (branch_T[query] == branch_T[place]))
+        if window is not None:
+            seen = seen & (position_T[query] - position_T[place] < window)
+        return seen | (key < prefix)
+
+    length = visibility.num_positions
+    return BlockMask.from_kv_blocks(
+        *_indices(blocks.some_QK), *_indices(blocks.all_QK),
+        BLOCK_SIZE=BLOCK_SIZE, mask_mod=is_seen, seq_lengths=(length, prefix + length),
+    )  # fmt: skip
+
+
+def _indices(wanted_QK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks each row of blocks needs and, first in the row, which."""
+    order_QK = torch.argsort(wanted_QK.int(), dim=1, descending=True, stable=True).to(torch.int32)
+    return wanted_QK.sum(1).to(torch.int32)[None, None], order_QK[None, None].contiguous()
+
+
+def attention_of_trees(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree_masks: TreeMasks | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within prompt trees, or as transformers does where there are none.
+
+    Args:
+        module: The attention layer.
+        query: `(B, H, T, D)`.
+        key: `(B, H / groups, K, D)`; the first `K - T` are virtual tokens of a cache, which all see.
+        value: As `key`.
+        attention_mask: Transformers' mask, used only without `tree_masks`.
+        tree_masks: The row's trees; B is then 1. Positions in front of them are seen by all.
+        dropout: Of the attention weights.
+        scaling: Of the scores; None: 1 / sqrt(D).
+        **kwargs: What else the layer says, `sliding_window` and `softcap` among it.
+
+    Returns:
+        `(output, None)`, output `(B, T, H, D)`.
+
+    Raises:
+        NotImplementedError: The layer wants a bias or sinks, which trees do not have.
+    """
+    softcap: float | None = kwargs.get("softcap")
+    if tree_masks is None:
+        if softcap is not None:
+            return _capped(query, key, value, attention_mask, scaling, softcap, dropout), None
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return plain
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"attention over prompt trees has no {unknown[0]}")
+    tree_masks = tree_masks.for_queries(query.shape[2])
+    window = _window(kwargs.get("sliding_window"), tree_masks.visibility)
+    prefix = key.shape[2] - query.shape[2]
+    if query.is_cuda and dropout == 0.0:
+        blocks = tree_masks.blocks(prefix=prefix, window=window)
+        return flex(query, key, value, blocks, scaling=scaling, softcap=softcap), None
+    masks = tree_masks.by_tree(prefix=prefix, window=window, dtype=query.dtype)
+    sizes = tree_masks.visibility.sizes
+    return _tree_by_tree(query, key, value, masks, sizes, scaling, softcap, dropout), None
+
+
+def _window(sliding_window: int | None, visibility: Visibility) -> int | None:
+    """Return the layer's window where it hides something from some position."""
+    if sliding_window is None or sliding_window >= visibility.longest_text:
+        return None
+    return sliding_window
+
+
+def _tree_by_tree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: list[Tensor | None],
+    sizes: tuple[int, ...],
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    prefix, trunk = key.shape[2] - query.shape[2], sizes[0]
+    # Split, not slices: the backward of a split is one copy, that of each slice is the whole row.
+    queries = query.split(sizes, dim=2)
+    (shared_key, *keys), (shared_value, *values) = (
+        whole.split([prefix + trunk, *sizes[1:]], dim=2) for whole in (key, value)
+    )
+    outputs = []
+    if trunk:
+        outputs.append(_attend(queries[0], shared_key, shared_value, masks[0], scaling, softcap, dropout))
+    for query_t, key_t, value_t, mask in zip(queries[1:], keys, values, masks[1:], strict=True):
+        whole_key, whole_value = key_t, value_t
+        if prefix + trunk:
+            whole_key = torch.cat((shared_key, key_t), dim=2)
+            whole_value = torch.cat((shared_value, value_t), dim=2)
+        outputs.append(_attend(query_t, whole_key, whole_value, mask, scaling, softcap, dropout))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attend with an additive mask, causally without one; `(B, T, H, D)`."""
+    if softcap is not None:
+        return _capped(query, key, value, mask, scaling, softcap, dropout)
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2)
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    """Attend with scores capped by `softcap * tanh(score / softcap)`, as Gemma 2 does; `(B, T, H, D)`."""
+    groups = query.shape[1] // key.shape[1]
+    score = query @ repeat_kv(key, groups).transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    score = softcap * torch.tanh(score / softcap)
+    if mask is None and query.shape[2] > 1:
+        length = query.shape[2]
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - length)
+    if mask is not None:
+        score = score.masked_fill(~mask, torch.finfo(score.dtype).min) if mask.dtype == torch.bool else score + mask
+    weight = torch.softmax(score, dim=-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(query.dtype)
+    weight = nn.functional.dropout(weight, p=dropout)
+    return (weight @ repeat_kv(value, groups)).transpose(1, 2)
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, *, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Attend with FlexAttention under a block mask, compiled on CUDA; `(B, T, H, D)`."""
+    run = _compiled_flex() if query.is_cuda else flex_attention
+    output: Tensor = run(
+        query, key, value, score_mod=None if softcap is None else partial(_cap_score, softcap), block_mask=blocks,
+        scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2)
+
+
+def _cap_score(softcap: float, score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+    return softcap * torch.tanh(score / softcap)
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)
+
+
+def attention_inputs(model: PreTrainedModel, batch: TreeBatch) -> dict[str, Any]:
+    """Return what a backbone is told of who sees whom in a batch.
+
+    A model with our attention gets the trees and a mask of one element, which only says that there
+    is nothing to make; another gets the mask in the form that its attention takes.
+    """
+    if batch.visibility is None:
+        return {"attention_mask": batch.token_mask_BT.long()}
+    implementation: str = model.config._attn_implementation  # noqa: SLF001  (transformers has no public reader)
+    if implementation == TREE_ATTENTION:
+        placeholder = batch.input_ids_BT.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        return {"attention_mask": placeholder, "tree_masks": TreeMasks(batch.visibility)}
+    mask = batch.attention_mask
+    if implementation == "eager":
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
+    return {"attention_mask": mask}
