@@ -50,6 +50,7 @@ class VirtualTokens(nn.Module):
         self.values = nn.Parameter(values.detach().float().clone())
         self.before: Tensor | None = None
         """What stands there when these are switched off: nothing, or what training began with."""
+        self._start: Tensor | None = None
         self.is_on = True
         self._cut = self._num_calls = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -96,8 +97,14 @@ class VirtualTokens(nn.Module):
 
     def begin_training(self, *, is_fresh: bool) -> None:
         """Make them trainable; switched off, a fresh set is none and a loaded one what it is now."""
-        self.before = None if is_fresh else self.values.detach().clone()
+        self._start = self.values.detach().clone()
+        self.before = None if is_fresh else self._start
         self.values.requires_grad = True
+
+    @property
+    def has_changed(self) -> bool:
+        """True where they are no longer what they were when training began."""
+        return self._start is None or not torch.equal(self.values, self._start)
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

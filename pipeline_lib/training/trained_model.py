@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from pipeline_lib.errors import ConfigError
+from pipeline_lib.errors import ConfigError, DivergedError
 from pipeline_lib.models.adapters import Adapter, add_adapter
 from pipeline_lib.models.base import save_model, stored_dtype
 from pipeline_lib.models.merging import merge
@@ -66,6 +66,10 @@ class TrainedModel:
         model = self.model
         if isinstance(self.adapter, PeftModel):
             model = merge(self.adapter, dtype=dtype)
+        elif self.adapter is not None and not self.adapter.has_changed:
+            raise DivergedError(
+                "training changed no virtual token", next_step="raise the learning rate or the number of steps"
+            )
         save_model(model, directory, dtype=dtype, tokenizer_from=self.directory)
 
 
