@@ -1,15 +1,16 @@
-"""Log-probabilities of tokens out of hidden states, without the full logits in memory.
+"""Log-probabilities and divergences of tokens out of hidden states, without the full logits in memory.
 
 Legend: N tokens, D width, V vocabulary, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from pipeline_lib.losses.chunked_head import ChunkedHead, ChunkValues, per_token
 
 
 def token_logps_from_hidden(
@@ -24,8 +25,8 @@ def token_logps_from_hidden(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute log softmax(hidden @ head^T / temperature)[label] for each token, in chunks.
 
-    Only C x V logits are in memory at once, in the forward and in the backward pass, which computes
-    them again. The softmax is taken in float32, in float64 where the hidden states are float64.
+    Only C x V logits are in memory at once, in the forward and in the backward pass. The softmax is
+    taken in float32, in float64 where the hidden states are float64.
 
     Args:
         hidden_ND: Last hidden states of the positions that predict the labels.
@@ -42,89 +43,178 @@ def token_logps_from_hidden(
     Raises:
         ValueError: The shapes do not fit, or the temperature or the chunk is not above 0.
     """
-    if hidden_ND.ndim != 2 or hidden_ND.shape[1] != head_weight_VD.shape[1] or labels_N.shape != hidden_ND.shape[:1]:
+    _check(hidden_ND, head_weight_VD, head_bias_V, chunk_tokens, temperature, labels_N=labels_N)
+    token_logp_N, entropy_N = per_token(
+        hidden_ND, head_weight_VD, head_bias_V, _LabelLogp(labels_N, with_entropy),
+        chunk_tokens=chunk_tokens, temperature=temperature,
+    )  # fmt: skip
+    return token_logp_N, entropy_N if with_entropy else None
+
+
+def mean_logps_from_hidden(
+    hidden_ND: Tensor,
+    head_weight_VD: Tensor,
+    labels_N: Tensor,
+    token_logp_N: Tensor,
+    *,
+    head_bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the mean over the vocabulary of each token's log-probabilities, with gradient.
+
+    mean_v log p_v = mean_v z_v - (z_label - log p_label): the mean of the logits is the hidden
+    state times the mean row of the head, so no logits are formed beyond those of the labels.
+
+    Args:
+        hidden_ND: As given to `token_logps_from_hidden`.
+        head_weight_VD: As given there.
+        labels_N: As given there.
+        token_logp_N: What it returned.
+        head_bias_V: As given there.
+        temperature: As given there.
+
+    Returns:
+        `(N,)`, in the format of `token_logp_N`.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    _check(hidden_ND, head_weight_VD, head_bias_V, 1, temperature, labels_N=labels_N, token_logp_N=token_logp_N)
+    wide_ND = hidden_ND.to(token_logp_N.dtype)
+    # One product with the difference of the rows: the two logits apart would lose digits to each other.
+    apart_ND = head_weight_VD.mean(0, dtype=wide_ND.dtype) - head_weight_VD[labels_N].to(wide_ND.dtype)
+    apart_N = (wide_ND * apart_ND).sum(-1)
+    if head_bias_V is not None:
+        wide_V = head_bias_V.to(wide_ND.dtype)
+        apart_N = apart_N + wide_V.mean() - wide_V[labels_N]
+    return apart_N / temperature + token_logp_N
+
+
+def smoothed_nll(token_logp_N: Tensor, mean_logp_N: Tensor, *, label_smoothing: float) -> Tensor:
+    """Return -(1 - e) log p_label - e mean_v log p_v for each token, torch's label smoothing.
+
+    Args:
+        token_logp_N: Log-probability of each label.
+        mean_logp_N: Mean log-probability over the vocabulary.
+        label_smoothing: e, the share of the target that is spread over the vocabulary, 0 to 1.
+
+    Raises:
+        ValueError: The shapes differ, or e is outside 0 to 1.
+
+    Source: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
+    """
+    if token_logp_N.shape != mean_logp_N.shape or not 0 <= label_smoothing <= 1:
         raise ValueError(
-            f"hidden {tuple(hidden_ND.shape)}, head {tuple(head_weight_VD.shape)} and labels "
-            f"{tuple(labels_N.shape)} must be (N, D), (V, D) and (N,)"
+            f"log-probabilities {tuple(token_logp_N.shape)} and means {tuple(mean_logp_N.shape)} must have one shape, "
+            f"and label_smoothing {label_smoothing} be 0 to 1"
         )
-    if head_bias_V is not None and head_bias_V.shape != head_weight_VD.shape[:1]:
-        raise ValueError(f"bias {tuple(head_bias_V.shape)} must be (V,), V = {head_weight_VD.shape[0]}")
+    return -(1 - label_smoothing) * token_logp_N - label_smoothing * mean_logp_N
+
+
+def full_kl_from_hidden(
+    hidden_ND: Tensor,
+    head_weight_VD: Tensor,
+    ref_hidden_ND: Tensor,
+    ref_head_weight_VD: Tensor,
+    *,
+    head_bias_V: Tensor | None = None,
+    ref_head_bias_V: Tensor | None = None,
+    chunk_tokens: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Compute KL(policy || reference) = sum_v p_v (log p_v - log q_v) at each token, in chunks.
+
+    The gradient goes to the policy's hidden states and head alone. Widths may differ, vocabularies not.
+
+    Args:
+        hidden_ND: The policy's last hidden states of the positions that predict tokens.
+        head_weight_VD: Its head.
+        ref_hidden_ND: The reference's hidden states at the same positions.
+        ref_head_weight_VD: Its head.
+        head_bias_V: The policy's bias.
+        ref_head_bias_V: The reference's bias.
+        chunk_tokens: C.
+        temperature: Divides both models' logits.
+
+    Returns:
+        `(N,)`, nats, float32 or float64.
+
+    Raises:
+        ValueError: The shapes do not fit, or the temperature or the chunk is not above 0.
+    """
+    _check(hidden_ND, head_weight_VD, head_bias_V, chunk_tokens, temperature)
+    _check(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, chunk_tokens, temperature)
+    if hidden_ND.shape[0] != ref_hidden_ND.shape[0] or head_weight_VD.shape[0] != ref_head_weight_VD.shape[0]:
+        raise ValueError(
+            f"policy and reference must have as many tokens and words: {hidden_ND.shape[0]} and "
+            f"{ref_hidden_ND.shape[0]} tokens, {head_weight_VD.shape[0]} and {ref_head_weight_VD.shape[0]} words"
+        )
+    with torch.no_grad():
+        reference = ChunkedHead(
+            ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, chunk_tokens=chunk_tokens, temperature=temperature
+        )
+    kl_N, _ = per_token(
+        hidden_ND, head_weight_VD, head_bias_V, _FullKl(reference, ref_hidden_ND.detach()),
+        chunk_tokens=chunk_tokens, temperature=temperature,
+    )  # fmt: skip
+    return kl_N
+
+
+@dataclass(frozen=True)
+class _LabelLogp:
+    """log p of the label; its gradient in the logits is one_hot(label) - p."""
+
+    labels_N: Tensor
+    with_entropy: bool
+
+    def __call__(self, head: ChunkedHead, hidden_CD: Tensor, part: slice, *, with_gradient: bool) -> ChunkValues:
+        logits_CV, labels_C1 = head.logits(hidden_CD), self.labels_N[part, None]
+        prob_CV, normalizer_C = head.softmax(logits_CV)
+        logp_C = logits_CV.gather(1, labels_C1).squeeze(1) - normalizer_C
+        entropy_C = None
+        if self.with_entropy:
+            logp_CV = logits_CV.sub_(normalizer_C[:, None])
+            entropy_C = -torch.linalg.vecdot(prob_CV, logp_CV)
+        if not with_gradient:
+            return ChunkValues(logp_C, entropy_C, None)
+        grad_CV = prob_CV.neg_()
+        return ChunkValues(logp_C, entropy_C, grad_CV.scatter_add_(1, labels_C1, torch.ones_like(logp_C)[:, None]))
+
+
+@dataclass(frozen=True)
+class _FullKl:
+    """sum_v p_v d_v with d = log p - log q; its gradient in the logits is p (d - KL)."""
+
+    reference: ChunkedHead
+    ref_hidden_ND: Tensor
+
+    def __call__(self, head: ChunkedHead, hidden_CD: Tensor, part: slice, *, with_gradient: bool) -> ChunkValues:
+        logits_CV = head.logits(hidden_CD)
+        prob_CV, normalizer_C = head.softmax(logits_CV)
+        ref_logits_CV = self.reference.logits(self.ref_hidden_ND[part])
+        _, ref_normalizer_C = self.reference.softmax(ref_logits_CV)
+        apart_CV = logits_CV.sub_(ref_logits_CV).add_((ref_normalizer_C - normalizer_C)[:, None])
+        kl_C = torch.linalg.vecdot(prob_CV, apart_CV)
+        grad_CV = prob_CV.mul_(apart_CV.sub_(kl_C[:, None])) if with_gradient else None
+        return ChunkValues(kl_C, None, grad_CV)
+
+
+def _check(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, chunk_tokens: int, temperature: float,
+    **per_token_N: Tensor,
+) -> None:  # fmt: skip
+    for values_N in per_token_N.values():
+        if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1] or values_N.shape != hidden_ND.shape[:1]:
+            raise ValueError(
+                f"hidden {tuple(hidden_ND.shape)}, head {tuple(weight_VD.shape)} and labels "
+                f"{tuple(values_N.shape)} must be (N, D), (V, D) and (N,)"
+            )
+    if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden_ND.shape)} and head {tuple(weight_VD.shape)} must be (N, D) and (V, D)")
+    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
+        raise ValueError(f"bias {tuple(bias_V.shape)} must be (V,), V = {weight_VD.shape[0]}")
     if not temperature > 0 or chunk_tokens < 1:
         raise ValueError(f"temperature {temperature} and chunk_tokens {chunk_tokens} must be above 0")
-    entropy_N = None
-    if with_entropy:
-        entropy_N = _entropy(hidden_ND, head_weight_VD, head_bias_V, chunk_tokens, temperature)
-    token_logp_N: Tensor = _ChunkedLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head_weight_VD, head_bias_V, labels_N, chunk_tokens, temperature
-    )
-    return token_logp_N, entropy_N
-
-
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    logits_CV = hidden_CD @ weight_VD.to(hidden_CD.dtype).T
-    wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    if bias_V is not None:
-        wide_CV = wide_CV + bias_V
-    return wide_CV if temperature == 1.0 else wide_CV / temperature
-
-
-@torch.no_grad()
-def _entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, chunk_tokens: int, temperature: float
-) -> Tensor:
-    chunks = []
-    for hidden_CD in hidden_ND.split(chunk_tokens):
-        logp_CV = torch.log_softmax(_logits(hidden_CD, weight_VD, bias_V, temperature), dim=-1)
-        chunks.append(-(logp_CV.exp() * logp_CV).sum(-1))
-    return torch.cat(chunks)
-
-
-class _ChunkedLogps(torch.autograd.Function):
-    """Gathered log-softmax whose backward computes each chunk's logits anew."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        labels_N: Tensor,
-        chunk_tokens: int,
-        temperature: float,
-    ) -> Tensor:
-        """Return the log-probability of each label."""
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N)
-        ctx.chunk_tokens, ctx.temperature = chunk_tokens, temperature
-        chunks = []
-        for hidden_CD, labels_C in zip(hidden_ND.split(chunk_tokens), labels_N.split(chunk_tokens), strict=True):
-            logits_CV = _logits(hidden_CD, weight_VD, bias_V, temperature)
-            chosen_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
-            chunks.append(chosen_C - logits_CV.logsumexp(-1))
-        return torch.cat(chunks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        """Return d logp / d logits = one_hot(label) - softmax, pushed through the head."""
-        hidden_ND, weight_VD, bias_V, labels_N = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD) if needs_weight else None
-        grad_bias = torch.zeros_like(bias_V) if needs_bias else None
-        for start in range(0, hidden_ND.shape[0], ctx.chunk_tokens):
-            part = slice(start, start + ctx.chunk_tokens)
-            hidden_CD = hidden_ND[part]
-            grad_CV = torch.softmax(_logits(hidden_CD, weight_VD, bias_V, ctx.temperature), dim=-1).neg_()
-            grad_CV[torch.arange(grad_CV.shape[0]), labels_N[part]] += 1.0
-            grad_CV *= (grad_N[part] / ctx.temperature)[:, None]
-            if grad_bias is not None:
-                grad_bias += grad_CV.sum(0).to(grad_bias.dtype)
-            grad_CV = grad_CV.to(hidden_CD.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_CV @ weight_VD.to(hidden_CD.dtype)
-            if grad_weight is not None:
-                grad_weight += (grad_CV.T @ hidden_CD).to(grad_weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,19 +49,21 @@ def check(module_name: str, case: dict[str, Any], module: ModuleType | None = No
         AssertionError: A figure or a gradient is another one.
     """
     module = module or importlib.import_module(module_name)
-    for chunk in CHUNKS if case["call"] == "token_logps_from_hidden" else (None,):
+    of_head = case["call"] == "token_logps_from_hidden"
+    for chunk, is_head_learned in product(CHUNKS, (True, False)) if of_head else ((None, True),):
+        learned = [name for name in case.get("gradient", {}) if is_head_learned or name == "hidden_ND"]
         given = {key: _argument(key, value, module_name) for key, value in case["given"].items()}
         if chunk is not None:
             given |= {"chunk_tokens": chunk, "with_entropy": True}
-        for name in case.get("gradient", {}):
+        for name in learned:
             given[name].requires_grad_()
         result = _call(module, case["call"], given)
         for field, expected in case["expected"].items():
             _compare(_field(result, field), expected, f"{case['name']}: {field}")
         if "gradient" in case:
             _total(result, case.get("weights")).backward()
-        for name, expected in case.get("gradient", {}).items():
-            _compare(given[name].grad, expected, f"{case['name']}: gradient of {name}")
+        for name in learned:
+            _compare(given[name].grad, case["gradient"][name], f"{case['name']}: gradient of {name}")
 
 
 def _argument(name: str, value: Any, module_name: str) -> Any:

@@ -18,13 +18,11 @@ from tests.golden.check_gate import check_decision
 
 MUTANTS = [
     # module, old, new
-    ("losses.tokens", "logits_CV.logsumexp(-1)", "logits_CV.exp().sum(-1)"),
-    ("losses.tokens", "grad_CV[torch.arange(grad_CV.shape[0]), labels_N[part]] += 1.0", "pass"),
-    ("losses.tokens", "(grad_N[part] / ctx.temperature)", "grad_N[part]"),
-    ("losses.tokens", "part = slice(start, start + ctx.chunk_tokens)", "part = slice(0, ctx.chunk_tokens)"),
-    ("losses.tokens", "chunks.append(-(logp_CV.exp() * logp_CV).sum(-1))", "chunks.append(-logp_CV.mean(-1))"),
-    ("losses.tokens", "wide_CV / temperature", "wide_CV * temperature"),
-    ("losses.tokens", "wide_CV = wide_CV + bias_V", "wide_CV = wide_CV"),
+    ("losses.tokens", "- normalizer_C", "- 2 * normalizer_C"),
+    ("losses.tokens", "torch.ones_like(logp_C)[:, None]", "torch.zeros_like(logp_C)[:, None]"),
+    ("losses.tokens", "prob_CV.neg_()", "prob_CV"),
+    ("losses.tokens", "self.labels_N[part, None]", "self.labels_N[: part.stop - part.start, None]"),
+    ("losses.tokens", "-torch.linalg.vecdot(prob_CV, logp_CV)", "-logp_CV.mean(-1)"),
     ("losses.policy", "too_high = (advantages > 0)", "too_high = (advantages < 0)"),
     ("losses.policy", "too_low = (advantages < 0) &", "too_low = (advantages < 9) &"),
     ("losses.policy", "loss_sum=-(advantages * ratio).sum()", "loss_sum=(advantages * ratio).sum()"),
@@ -97,6 +95,21 @@ GATE_MUTANTS = [
 ]
 
 
+HEAD_MUTANTS = [
+    ("logits_CV += self.bias_V", "pass"),
+    ("logits_CV /= self.temperature", "logits_CV *= self.temperature"),
+    ("prob_CV.amax(-1).log()", "prob_CV.amax(-1)"),
+    ("logits_CV.amax(-1) -", "logits_CV.amax(-1) +"),
+    ("@ head.weight_VD) / head.temperature", "@ head.weight_VD)"),
+    ("grad_CV *= grad_N[part, None]", "pass"),
+    ("alpha=1 / head.temperature", "alpha=1"),
+    ("(grad_CV.sum(0) / head.temperature)", "grad_CV.sum(0)"),
+    ("grad_ND * grad_N.to(grad_ND.dtype)[:, None]", "grad_ND"),
+    ("range(0, num_tokens, self.chunk_tokens)", "range(0, num_tokens, num_tokens)"),
+    ("hidden_ND[part].to(narrow_CV.dtype), alpha", "hidden_ND[: len(narrow_CV)].to(narrow_CV.dtype), alpha"),
+]
+
+
 def mutant(monkeypatch: pytest.MonkeyPatch, name: str, old: str, new: str) -> ModuleType:
     """Compile a module's source with one change into a module of its own."""
     source = inspect.getsource(importlib.import_module(name))
@@ -147,3 +160,12 @@ def test_the_unchanged_gate_survives(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("old", "new"), GATE_MUTANTS)
 def test_mutant_of_the_gate_is_killed(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not decides_as_the_gate(mutant(monkeypatch, "pipeline_lib.evaluation.gate", old, new))
+
+
+@pytest.mark.parametrize(("old", "new"), HEAD_MUTANTS)
+def test_mutant_of_the_chunked_head_is_killed(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = mutant(monkeypatch, "pipeline_lib.losses.chunked_head", old, new)
+    tokens = importlib.import_module("pipeline_lib.losses.tokens")
+    for name in ("per_token", "ChunkedHead", "ChunkValues"):
+        monkeypatch.setattr(tokens, name, getattr(module, name))
+    assert not survives("pipeline_lib.losses.tokens", tokens)
