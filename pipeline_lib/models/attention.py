@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.text.visibility import TRUNK, Visibility
 
 TREE_ATTENTION = "prompt_trees"
@@ -67,7 +66,8 @@ class TreeMasks:
 
     def _make_by_tree(self, prefix: int, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
         visibility = self.visibility
-        trunk, masks, start = visibility.sizes[0], [], 0
+        masks: list[Tensor | None] = []
+        trunk, start = visibility.sizes[0], 0
         for index, (size, is_chain) in enumerate(zip(visibility.sizes, visibility.is_chain, strict=True)):
             before = trunk if index else 0
             if is_chain and not (prefix or before) and window is None:
@@ -251,7 +251,8 @@ def _capped(
         score = score.masked_fill(~mask, torch.finfo(score.dtype).min) if mask.dtype == torch.bool else score + mask
     weight = torch.softmax(score, dim=-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(query.dtype)
     weight = nn.functional.dropout(weight, p=dropout)
-    return (weight @ repeat_kv(value, groups)).transpose(1, 2)
+    output: Tensor = weight @ repeat_kv(value, groups)
+    return output.transpose(1, 2)
 
 
 def flex(
@@ -267,27 +268,10 @@ def flex(
 
 
 def _cap_score(softcap: float, score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
-    return softcap * torch.tanh(score / softcap)
+    capped: Tensor = softcap * torch.tanh(score / softcap)
+    return capped
 
 
 @cache
 def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
-
-
-def attention_inputs(model: PreTrainedModel, batch: TreeBatch) -> dict[str, Any]:
-    """Return what a backbone is told of who sees whom in a batch.
-
-    A model with our attention gets the trees and a mask of one element, which only says that there
-    is nothing to make; another gets the mask in the form that its attention takes.
-    """
-    if batch.visibility is None:
-        return {"attention_mask": batch.token_mask_BT.long()}
-    implementation: str = model.config._attn_implementation  # noqa: SLF001  (transformers has no public reader)
-    if implementation == TREE_ATTENTION:
-        placeholder = batch.input_ids_BT.new_ones((1, 1, 1, 1), dtype=torch.bool)
-        return {"attention_mask": placeholder, "tree_masks": TreeMasks(batch.visibility)}
-    mask = batch.attention_mask
-    if implementation == "eager":
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill_(~mask, torch.finfo(model.dtype).min)
-    return {"attention_mask": mask}

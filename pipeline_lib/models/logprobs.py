@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.tokens import token_logps_from_hidden
-from pipeline_lib.models.attention import attention_inputs
+from pipeline_lib.models.backbone import hidden_states
+from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.text.pack import TreeBatch
+
+__all__ = ["HEAD_CHUNK_TOKENS", "TokenLogps", "hidden_states", "require_plain_head", "supports_trees", "token_logps"]
 
 HEAD_CHUNK_TOKENS = 256
 """Counted positions whose logits are in memory at once."""
@@ -41,21 +44,6 @@ def require_plain_head(model: PreTrainedModel) -> None:
             "which is not supported",
             next_step="choose a model.source such as a Llama, Qwen, Mistral or GPT-2",
         )
-
-
-def hidden_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
-    """Run the backbone, without any head, over a batch.
-
-    Returns:
-        `(P, D)`, the last layer's output at every flat position.
-    """
-    backbone: nn.Module = model.base_model
-    output = backbone(
-        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False,
-        **attention_inputs(model, batch),
-    )  # fmt: skip
-    hidden: Tensor = output.last_hidden_state
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 @dataclass(frozen=True)

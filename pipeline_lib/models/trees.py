@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline_lib.models.attention import TREE_ATTENTION, register_tree_attention
-from pipeline_lib.models.logprobs import hidden_states
+from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import pack, pad
 
@@ -67,7 +67,7 @@ def _fingerprint(model: PreTrainedModel) -> str:
 def _try_out(model: PreTrainedModel) -> Verdict:
     if getattr(model.config, "attention_chunk_size", None):
         return Verdict(takes_trees=False, finding="they attend in chunks of the row")
-    before = model.config._attn_implementation  # noqa: SLF001  (transformers has no public reader)
+    before = model.config._attn_implementation
     try:
         with _evaluating(model), torch.no_grad():
             # The padded run is the model as it came, before our attention is in it.
@@ -107,14 +107,14 @@ def _predicting_states(model: PreTrainedModel, *, is_packed: bool) -> Tensor:
 def _give_tree_attention(model: PreTrainedModel) -> bool:
     """Replace a model's attention by ours; False where it is not replaceable."""
     register_tree_attention()
-    if model.config._attn_implementation != TREE_ATTENTION and model._can_set_attn_implementation():  # noqa: SLF001
+    if model.config._attn_implementation != TREE_ATTENTION and model._can_set_attn_implementation():
         _set_attention(model, TREE_ATTENTION)
-    implementation: str = model.config._attn_implementation  # noqa: SLF001
+    implementation: str = model.config._attn_implementation
     return implementation == TREE_ATTENTION
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:
-    if model.config._attn_implementation != name:  # noqa: SLF001
+    if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
 
 

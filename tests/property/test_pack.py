@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pipeline_lib.losses.tokens import masked_mean
-from pipeline_lib.models.logprobs import supports_trees, token_logps
+from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch, bins, pack, pad
 from tests.toy import tiny_llama
@@ -159,13 +159,6 @@ def test_packed_trees_agree_on_qwen2(trees: list[Tree]) -> None:
     with torch.no_grad():
         packed_N = token_logps(model, pack(trees)).token_logp_N
     torch.testing.assert_close(packed_N, one_by_one(model, trees), rtol=0, atol=1e-5)  # norms in float32
-
-
-def test_which_architectures_take_trees() -> None:
-    assert supports_trees(model_of("llama", torch.float32))
-    assert supports_trees(model_of("qwen2", torch.float32))
-    assert not supports_trees(model_of("gpt2", torch.float32))
-    assert not supports_trees(model_of("gemma", torch.float32))
 
 
 @given(tree_lists(max_trees=8))
