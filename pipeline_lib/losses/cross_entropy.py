@@ -2,7 +2,8 @@
 
 L = sum_t w_t nll_t / sum_t w_t over an optimizer step, where the reduction says what w_t is: the row's
 weight (token mean), divided by the row's counted tokens (sample mean) or by those of its turn (turn
-mean). `sum` has no divisor. nll_t is smoothed by `losses.tokens.smoothed_nll`. Both sums run over all of a step's micro-batches, so accumulation is exact.
+mean). `sum` has no divisor. nll_t is smoothed by `losses.tokens.smoothed_nll`. Both sums run over all
+of a step's micro-batches, so accumulation is exact.
 """
 
 from __future__ import annotations

@@ -77,12 +77,13 @@ class HindsightEncoder:
         return list(trees.values())
 
     def _pairs(self, record: Record) -> list[tuple[int, int]]:
-        """Return the places of (better, worse) responses; none where all are tied."""
+        """Return the places of (better, worse) responses; none where all are tied, or one is alone."""
         ranks = record.ranks
         if self.settings.pairs == "all":
             return [(i, j) for i, one in enumerate(ranks) for j, other in enumerate(ranks) if one < other]
-        best, worst = min(ranks), max(ranks)
-        return [(ranks.index(best), ranks.index(worst))] if best < worst else []
+        if len(set(ranks)) < 2:
+            return []
+        return [(ranks.index(min(ranks)), ranks.index(max(ranks)))]
 
     def _tree(self, record: Record, name: str, answers: Sequence[_Answer]) -> Tree:
         where = place_of(record)

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.losses.cross_entropy import CrossEntropy
-from pipeline_lib.losses.tokens import token_logps_from_hidden
+from pipeline_lib.losses.tokens import (
+    full_kl_from_hidden,
+    mean_logps_from_hidden,
+    smoothed_nll,
+    token_logps_from_hidden,
+)
 from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, hidden_states, token_logps
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
@@ -128,12 +133,8 @@ class SftRecipe(OfflineRows):
         if self.kl is None and not smoothing:
             logp_N = token_logps(model, batch).token_logp_N
             return _Terms(logp_N, -logp_N, None)
-        reference_ND = None
-        if self.kl is not None:
-            # Before the policy runs: inside the block the adapters are off.
-            with torch.no_grad(), self.kl.reference.active() as reference:
-                reference_ND = hidden_states(reference, batch)[batch.source_N]
-                reference_head = reference.get_output_embeddings().weight.detach()
+        # The reference runs before the policy: inside its block the adapters are off.
+        reference = None if self.kl is None else _reference_states(self.kl.reference, batch)
         head = model.get_output_embeddings()
         bias_V = getattr(head, "bias", None)
         hidden_ND = hidden_states(model, batch)[batch.source_N]
@@ -142,38 +143,35 @@ class SftRecipe(OfflineRows):
         )
         loss_N = -logp_N
         if smoothing:
-            loss_N = self.objective.smoothed(logp_N, mean_logps(logp_N, hidden_ND, head.weight, bias_V, batch.label_N))
-        kl_N = None
-        if reference_ND is not None:
-            from pipeline_lib.losses.tokens import full_kl_from_hidden  # noqa: PLC0415
-
-            kl_N = full_kl_from_hidden(
-                hidden_ND, head.weight, reference_ND, reference_head, chunk_tokens=HEAD_CHUNK_TOKENS
-            )
+            mean_N = mean_logps_from_hidden(hidden_ND, head.weight, batch.label_N, logp_N, head_bias_V=bias_V)
+            loss_N = smoothed_nll(logp_N, mean_N, label_smoothing=smoothing)
+        if reference is None:
+            return _Terms(logp_N, loss_N, None)
+        kl_N = full_kl_from_hidden(
+            hidden_ND, head.weight, reference.hidden_ND, reference.head_weight_VD, head_bias_V=bias_V,
+            ref_head_bias_V=reference.head_bias_V, chunk_tokens=HEAD_CHUNK_TOKENS,
+        )  # fmt: skip
         return _Terms(logp_N, loss_N, kl_N)
 
 
-def mean_logps(
-    token_logp_N: Tensor, hidden_ND: Tensor, head_weight_VD: Tensor, head_bias_V: Tensor | None, labels_N: Tensor
-) -> Tensor:
-    """Return the mean over the vocabulary of each token's log-probabilities, without any logits.
+@dataclass(frozen=True)
+class _ReferenceStates:
+    """What the reference's distributions at the counted tokens follow from."""
 
-    mean_v logp_v = logp_y + h . (mean_v w_v - w_y) + (mean_v b_v - b_y): the normaliser is the same for
-    all v, and the mean of the logits is the logit of the mean row. Exact, and differentiable.
+    hidden_ND: Tensor
+    head_weight_VD: Tensor
+    head_bias_V: Tensor | None
 
-    Args:
-        token_logp_N: Log-probability of each label, from the same hidden states.
-        hidden_ND: Hidden states that predict the labels.
-        head_weight_VD: The language-model head.
-        head_bias_V: Its bias, where it has one.
-        labels_N: Token ids.
-    """
-    wide = torch.promote_types(token_logp_N.dtype, torch.float32)
-    gap_ND = head_weight_VD.to(wide).mean(0) - head_weight_VD[labels_N].to(wide)
-    mean_N = token_logp_N + (hidden_ND.to(wide) * gap_ND).sum(-1)
-    if head_bias_V is not None:
-        mean_N = mean_N + head_bias_V.to(wide).mean() - head_bias_V[labels_N].to(wide)
-    return mean_N
+
+@torch.no_grad()
+def _reference_states(reference: Reference, batch: TreeBatch) -> _ReferenceStates:
+    with reference.active() as model:
+        head = model.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        return _ReferenceStates(
+            hidden_states(model, batch)[batch.source_N], head.weight.detach(),
+            None if bias_V is None else bias_V.detach(),
+        )  # fmt: skip
 
 
 def _weighted_sum(values_N: Tensor, weight_N: Tensor | None) -> Tensor:
