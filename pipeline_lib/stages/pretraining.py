@@ -63,7 +63,7 @@ def load_pretraining(
     refused: Counter[str] = Counter()
     trees = [tree for text in _texts(settings, opener, refused) for tree in text_trees(text, chat, settings, refused)]
     for code, count in sorted(refused.items()):
-        context.log(f"pretraining text: {count} rows refused, {code}")
+        context.log(f"pretraining text: {code} refused {count} rows")
     if not trees:
         raise DataError(
             f"pretraining text {', '.join(settings.paths)}: no row has a usable {settings.field!r}",
