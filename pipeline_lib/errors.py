@@ -107,6 +107,11 @@ class DivergedError(PipelineError):
 
     code, exit_code = "E_DIVERGED", 30
 
+    def __init__(self, cause: str, *, next_step: str, row_ids: tuple[str, ...] = ()) -> None:
+        """Take the ids of the rows that the training stopped at; a training stage saves them in a file."""
+        super().__init__(cause, next_step=next_step)
+        self.row_ids = row_ids
+
 
 class ChildDiedError(PipelineError):
     """The process of a training stage ended without a result."""

@@ -18,7 +18,8 @@ from pipeline_lib.validation import Frozen
 _SAMPLE_ROWS = 8
 
 LayoutName = Literal[
-    "auto", "prompt_completion", "rated", "messages", "alpaca", "preference", "hh", "prompt", "ranked", "compared", "systems"
+    "auto", "prompt_completion", "rated", "messages", "alpaca", "preference", "hh", "prompt", "ranked", "compared",
+    "systems",
 ]  # fmt: skip
 Note = Callable[[str], None]
 """Takes one line about what a source decided by itself."""

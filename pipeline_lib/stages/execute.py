@@ -132,6 +132,7 @@ def follow(job_json: str) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f"{job.stage}-{os.getpid()}-", dir=work))
     try:
         (scratch / "output").mkdir()
+        kill_point(job.stage, f"process-{os.environ['RANK']}")
         spec.run(config, job.inputs, StageContext(store, scratch / "output", _Silent(), Checkpoints(store, job.key)))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -61,7 +61,9 @@ def require_finite(value: float, *, what: str, step: int, batches: Sequence[Tree
     """
     if not math.isfinite(value):
         raise DivergedError(
-            f"{what} is {value} at step {step}; rows of the step: {_rows(batches)}", next_step=_FINITE_ADVICE
+            f"{what} is {value} at step {step}; rows of the step: {_rows(batches)}",
+            next_step=_FINITE_ADVICE,
+            row_ids=tuple(tree.record_id for batch in batches for tree in batch.trees),
         )
 
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline_lib.errors import ChildDiedError, MemoryLimitError, PipelineError
+from pipeline_lib.errors import ChildDiedError, DivergedError, MemoryLimitError, PipelineError
 from pipeline_lib.training.followers import followers
 from pipeline_lib.training.orphans import die_with_parent
 
@@ -94,7 +94,12 @@ def main(job_json: str, pipe: Connection, log_path: str, environment: dict[str, 
     try:
         artifact = _run(job_json, events, should_stop)
     except PipelineError as error:
-        events.send(event="error", error=_described(type(error).__name__, error.cause, error.next_step))
+        cause = error.cause
+        if isinstance(error, DivergedError) and error.row_ids:
+            rows = Path(log_path).with_suffix(".rows.json")
+            rows.write_text(json.dumps({"cause": cause, "row_ids": error.row_ids}, indent=1))
+            cause = f"{cause} (all {len(error.row_ids)} in {rows})"
+        events.send(event="error", error=_described(type(error).__name__, cause, error.next_step))
         raise SystemExit(error.exit_code) from None
     except MemoryError:
         cause = "the stage needs more memory than the machine gives"

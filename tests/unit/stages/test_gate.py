@@ -54,13 +54,18 @@ def context(store: ArtifactStore, tmp_path: Path) -> StageContext:
 
 
 def commit(
-    store: ArtifactStore, directory: Path, kind: str, **more: dict[str, ArtifactRef] | dict[str, float]
+    store: ArtifactStore,
+    directory: Path,
+    kind: str,
+    *,
+    inputs: Mapping[str, ArtifactRef] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> ArtifactRef:
     directory.mkdir(parents=True)
     (directory / "about.txt").write_text(kind)
     return store.commit(
         directory, kind=kind, stage=kind, stage_version=1, config={}, measurements={}, stage_key=None,
-        inputs=more.get("inputs", {}), metrics=more.get("metrics", {}),
+        inputs=inputs or {}, metrics=metrics or {},
     )  # fmt: skip
 
 

@@ -1,0 +1,72 @@
+"""A stage in two processes: the same training as in one, one result, and a clear end where one process dies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pipeline_lib.config import PRESETS, load
+from pipeline_lib.errors import ChildDiedError
+from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.stages.collect import pin_sources
+from pipeline_lib.stages.execute import Job, execute
+from pipeline_lib.stages.faults import KILL_VARIABLE
+from pipeline_lib.stages.places import open_places
+from pipeline_lib.stages.run_config import RunConfig
+from pipeline_lib.storage.s3 import S3Settings
+from pipeline_lib.storage.store import ArtifactStore
+
+pytestmark = [pytest.mark.servers, pytest.mark.slow]
+
+
+class Silent:
+    """Events that nobody listens to."""
+
+    def progress(self, fraction: float, text: str) -> None: ...
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log(self, text: str) -> None: ...
+
+
+class Place:
+    """A store under a prefix of its own, and the data set of the smoke preset in it."""
+
+    def __init__(self, settings: S3Settings, home: Path) -> None:
+        self.settings, self.home = settings, home
+        self.store = ArtifactStore(settings, cache_directory=home / "cache")
+        config = load(PRESETS / "smoke.yaml", RunConfig).value
+        base = self.run("base_model", config.model, {})
+        rows = self.run("collect", pin_sources(config.collect, open_places(self.store)), {})
+        data = self.run("filter", config.filter, {"rows": rows, "base_model": base})
+        self.inputs = {"base_model": base, "dataset": data}
+        self.config = config.sft
+
+    def run(self, stage: str, config: object, inputs: dict[str, ArtifactRef], *, processes: int = 1) -> ArtifactRef:
+        dumped = config.model_dump(mode="json")  # type: ignore[attr-defined]
+        job = Job(stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, processes=processes)
+        return execute(job, store=self.store, events=Silent()).ref
+
+    def losses(self, ref: ArtifactRef) -> list[float]:
+        return [json.loads(line)["loss"] for line in self.store.read_lines(ref, "metrics.jsonl")]
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_train_as_one_and_a_lost_one_is_named(
+    s3_server: S3Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [
+        Place(s3_server.model_copy(update={"prefix": f"{tmp_path.name}-{size}"}), tmp_path / str(size))
+        for size in (1, 2)
+    ]
+    one, two = (place.run("sft", place.config, place.inputs, processes=n + 1) for n, place in enumerate(places))
+    assert places[0].losses(one) == pytest.approx(places[1].losses(two), abs=1e-5)
+    assert len(places[0].losses(one)) >= 2
+
+    monkeypatch.setenv(KILL_VARIABLE, "sft:process-1")
+    other = places[1].config.model_copy(update={"seed": 5})
+    with pytest.raises(ChildDiedError, match="process 1 of stage sft's 2 ended with code -9"):
+        places[1].run("sft", other, places[1].inputs, processes=2)
