@@ -69,6 +69,11 @@ class PairLogps:
         return self.rejected_B - self.ref_rejected_B
 
     @property
+    def margin_per_token_B(self) -> Tensor:
+        """The margin of log-ratios that are divided by their responses' tokens."""
+        return self.chosen_ratio_B / self.chosen_tokens_B - self.rejected_ratio_B / self.rejected_tokens_B
+
+    @property
     def nll_per_token_B(self) -> Tensor:
         """Mean NLL a token of the chosen text: as given, else of the response alone."""
         return -self.chosen_B / self.chosen_tokens_B if self.chosen_nll_B is None else self.chosen_nll_B
