@@ -18,13 +18,15 @@ from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.validation import Frozen
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
     from pipeline_lib.models.sampling import Sample
     from pipeline_lib.text.chat_template import ChatTokenizer
     from pipeline_lib.text.encode import Tree
 
-VERSION = 1
+VERSION = 2
 
 
 class EvaluateConfig(Frozen):
@@ -73,7 +75,7 @@ def run(config: EvaluateConfig, inputs: Inputs, context: StageContext) -> StageO
         on_batch=lambda done: context.progress(0.6 * done / len(trees), f"answered {done}/{len(trees)}"),
     )  # fmt: skip
     context.progress(0.6, "scoring the answers")
-    figures = _figures(config, inputs, context, model, chat.pad_id, trees, samples)
+    figures = _figures(config, inputs, context, model, chat.pad_id, records, trees, samples)
     with (context.workdir / "examples.jsonl").open("w", encoding="utf-8") as file:
         for record, tree, drawn in zip(records, trees, samples, strict=True):
             result = _result(record, chat, drawn, figures[tree.record_id])
@@ -106,6 +108,7 @@ def _figures(
     context: StageContext,
     model: PreTrainedModel,
     pad_id: int,
+    records: list[Record],
     trees: list[Tree],
     samples: list[Sample],
 ) -> dict[str, dict[str, float]]:
@@ -126,12 +129,13 @@ def _figures(
     else:
         directory = stage.fetch_model(context, inputs["reference_model"], "reference_model")
         reference_model = load_causal_model(directory, dtype=model.dtype).to(model.device)
-        reference = response_logps(reference_model, answers, layout)
+        reference = response_logps(reference_model, _as_asked(directory, records, samples, config), layout)
         del reference_model
     context.progress(0.9, "scoring with the reward model")
     directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
     scale = stage.read_json(directory.parent / "normalization.json")
-    scored = response_scores(load_scalar_model(directory, dtype=model.dtype).to(model.device).eval(), answers, layout)
+    reward_model = load_scalar_model(directory, dtype=model.dtype).to(model.device).eval()
+    scored = response_scores(reward_model, _as_asked(directory, records, samples, config), layout)
     figures: dict[str, dict[str, float]] = {}
     for tree in plain:
         key = tree.record_id
@@ -142,6 +146,22 @@ def _figures(
         if tree.response_ids:
             figures[key] |= {"nll": -own[key][0], "reference_tokens": float(len(tree.response_ids[0]))}
     return figures
+
+
+def _as_asked(directory: Path, records: list[Record], samples: list[Sample], config: EvaluateConfig) -> list[Tree]:
+    """Put the answers behind their prompts as a scoring model's own template has these.
+
+    A model may answer from behind words of its own (`stages.conditional`), which its scorers never saw.
+    """
+    from pipeline_lib.text.chat_template import ChatTokenizer  # noqa: PLC0415  (transformers)
+    from pipeline_lib.text.encode import Encoder, Tree, place_of  # noqa: PLC0415  (transformers)
+
+    encoder = Encoder(ChatTokenizer.load(directory), config.max_prompt_tokens, max_response_tokens=1)
+    prompts = [tuple(encoder.prompt(record.messages, where=place_of(record))[0]) for record in records]
+    return [
+        Tree(record.id, prompt, (drawn.ids,), (False,) * len(prompt))
+        for record, prompt, drawn in zip(records, prompts, samples, strict=True)
+    ]
 
 
 def _result(record: Record, chat: ChatTokenizer, drawn: Sample, figures: dict[str, float]) -> ExampleResult:

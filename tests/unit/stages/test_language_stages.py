@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +18,23 @@ from pipeline_lib.data.record_files import row_line
 from pipeline_lib.data.sources.jsonl import Jsonl
 from pipeline_lib.errors import ConfigError, DataError
 from pipeline_lib.models.base import load_causal_model
+from pipeline_lib.models.heads import load_scalar_model
+from pipeline_lib.models.sampling import SamplingSettings, sample
+from pipeline_lib.models.scoring import response_logps, response_scores
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.schema import ArtifactRef, Record, Split
-from pipeline_lib.stages import conditional, sft
+from pipeline_lib.stages import conditional, evaluate, sft
 from pipeline_lib.stages.conditional import ConditionalConfig
 from pipeline_lib.stages.contract import StageContext
+from pipeline_lib.stages.evaluate import EvaluateConfig
 from pipeline_lib.stages.pretraining import pin_pretraining
 from pipeline_lib.stages.sft import SftConfig
 from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.text.chat_template import ChatTokenizer
+from pipeline_lib.text.encode import Encoder
 from pipeline_lib.validation import validate
-from tests.toy import dialogue, record
+from tests.toy import ORIGIN, chat, dialogue, layout, record, write_reward_model
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 QUICK: dict[str, Any] = {
@@ -184,3 +190,44 @@ def test_real_comparisons_are_learnt_from(name: str, context: StageContext, mode
     losses = heard(context).losses
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
+
+
+def test_answers_are_scored_without_the_words_they_were_given_behind(
+    context: StageContext, model: ArtifactRef, tmp_path: Path
+) -> None:
+    """Reward model and reference read prompt and answer as their own template has them."""
+    rows = dataset(context.store, tmp_path / "b", Split.POLICY, PAIRS)
+    config = validate(ConditionalConfig, {**QUICK, "max_steps": 2}, where="test")
+    trained = conditional.run(config, {"sft_model": model, "dataset": rows}, context)
+    base = tmp_path / "a" / "model"
+    judge = tmp_path / "judge"
+    write_reward_model(base, judge / "model")
+    ChatTokenizer.load(base).tokenizer.save_pretrained(judge / "model")
+    (judge / "normalization.json").write_text(json.dumps({"gain": 2.0, "bias": 0.5}))
+    shutil.copytree(trained.directory / "model", tmp_path / "c" / "model")
+    inputs = {
+        "model": commit(context.store, tmp_path / "c", "model"), "reference_model": model,
+        "reward_model": commit(context.store, judge, "reward_model"),
+        "dataset": dataset(context.store, tmp_path / "d", Split.GATE, [record("hi", "yo"), record("and", "so")]),
+    }  # fmt: skip
+    (tmp_path / "run" / "second").mkdir()
+    settings = EvaluateConfig(max_new_tokens=8, precision="fp32")
+    output = evaluate.run(settings, inputs, replace(context, workdir=tmp_path / "run" / "second"))
+    examples = [json.loads(line) for line in (output.directory / "examples.jsonl").read_text().splitlines()]
+    assert len(examples) == 2
+    reader = Encoder(ChatTokenizer.load(tmp_path / "c" / "model"), 100, 100)
+    plain = Encoder(ChatTokenizer.load(base), 100, 100)
+    policy, reference = (load_causal_model(at, dtype=torch.float32) for at in (tmp_path / "c" / "model", base))
+    scorer = load_scalar_model(judge / "model", dtype=torch.float32).eval()
+    for example in examples:
+        asked = Record.create(dialogue(example["prompt"][0]["content"]), origin=ORIGIN)
+        prompt = reader.tree(asked).prompt_ids
+        assert chat().tokenizer.decode(prompt).endswith("A helpful answer:\n")
+        (drawn,) = sample(
+            policy, [prompt], SamplingSettings(max_new_tokens=8, temperature=0), eos_id=2, pad_id=0, seed=0
+        )
+        tree = replace(plain.tree(asked), response_ids=(drawn.ids,))
+        (score,) = response_scores(scorer, [tree], layout())[tree.record_id]
+        (logp,) = response_logps(reference, [tree], layout())[tree.record_id]
+        assert example["score"] == pytest.approx(2 * score + 0.5, abs=1e-4)
+        assert example["reference_model_logp"] == pytest.approx(logp, abs=1e-3)
