@@ -98,11 +98,25 @@ def configuration_page() -> str:
     )
     for name, field in RunConfig.model_fields.items():
         section = _model_in(field.annotation)
-        if section is not None:
+        if get_origin(field.annotation) is dict:
+            parts.append(f"## {name}\n\n{field.description}\n")
+            parts += [_variant_part(variant, name) for variant in _models_in(field.annotation)]
+        elif section is not None:
             body = _table(_rows(section, f"{name}.", getattr(RunConfig(), name)))
             parts.append(f"## {name}\n\n{field.description}\n\n{body}")
+    parts += [_variants_part(key, variants) for key, variants in sorted(_VARIANTS.items())]
     parts += [_plugin_part(title, place, table) for title, place, table in _PLUGINS]
     return "\n".join(parts)
+
+
+def _variant_part(variant: type[BaseModel], key: str) -> str:
+    """Return the part of one method of candidates; those that have a section of their own are not repeated."""
+    method = variant.model_fields["method"].default
+    own = {"preference": "dpo", "ppo": "ppo"}.get(method)
+    title = f"### {key}.NAME with method: {method}\n\n{_doc(variant)}\n\n"
+    if own is not None:
+        return f"{title}The keys are those of [{own}](#{own}).\n"
+    return title + _table(_rows(variant, "", None))
 
 
 def errors_page() -> str:
@@ -114,6 +128,16 @@ def errors_page() -> str:
         again = "yes" if cls.is_transient else "no"
         lines.append((cls.exit_code, f"| {cls.exit_code} | `{cls.code}` | {_cell(meaning)} | {again} |"))
     return _ERRORS_HEAD + "\n".join(line for _, line in sorted(lines)) + "\n" + _ERRORS_TAIL
+
+
+def _variants_part(key: str, variants: list[type[BaseModel]]) -> str:
+    """Return the part of a key that takes one of several forms, told apart by their `name`."""
+    parts = [f"## {key}: the forms\n\nWherever a key ends in `.{key}`: `{{name: ..., parameter: value}}`.\n"]
+    for variant in variants:
+        parts.append(f"### {key} {variant.model_fields['name'].default}\n\n{_doc(variant)}\n")
+        rows = [row for row in _rows(variant, "", None) if not row.startswith("| `name` |")]
+        parts.append(_table(rows) if rows else "No parameters.\n")
+    return "\n".join(parts)
 
 
 def _contents() -> str:
@@ -136,7 +160,10 @@ def _rows(model: type[BaseModel], prefix: str, defaults: BaseModel | None) -> It
     """Yield a line of the table for each key, nested ones by their dotted names."""
     for name, field in model.model_fields.items():
         nested = _model_in(field.annotation)
-        if nested is None:
+        variants = _models_in(field.annotation)
+        if len(variants) > 1:
+            _VARIANTS[name] = variants
+        if nested is None or len(variants) > 1:
             yield _row(prefix + name, field, defaults)
             continue
         is_list = get_origin(field.annotation) is tuple
@@ -158,6 +185,8 @@ def _row(key: str, field: FieldInfo, defaults: BaseModel | None) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+_VARIANTS: dict[str, list[type[BaseModel]]] = {}
+"""Keys that take one of several forms, filled while the sections are written."""
 _REQUIRED = object()
 
 
@@ -198,6 +227,9 @@ def _bounds(field: FieldInfo) -> str:
 
 def _type_in_words(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    variants = _models_in(annotation)
+    if len(variants) > 1 and origin is not dict:
+        return " or ".join(f"`{variant.model_fields['name'].default}`" for variant in variants)
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
@@ -224,6 +256,12 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
         if found is not None:
             return found
     return None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
 
 
 def _is_optional(field: FieldInfo) -> bool:

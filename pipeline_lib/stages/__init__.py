@@ -56,6 +56,7 @@ STAGES: dict[str, StageSpec] = dict(
         _spec("reward", "reward", "RewardConfig", in_child=True, is_training=True),
         _spec("reference_logps", "reference_logps", "ReferenceLogpsConfig", in_child=True),
         _spec("preference", "preference", "PreferenceConfig", in_child=True, is_training=True),
+        _spec("conditional", "conditional", "ConditionalConfig", in_child=True, is_training=True),
         _spec("ppo", "ppo", "PpoConfig", in_child=True, is_training=True),
         _spec("evaluate", "evaluate", "EvaluateConfig", in_child=True),
         _spec("gate", "gate", "GateConfig", in_child=False),

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pipeline_lib.stages.base_model import BaseModelConfig
 from pipeline_lib.stages.collect import CollectConfig
+from pipeline_lib.stages.conditional import ConditionalConfig
 from pipeline_lib.stages.evaluate import EvaluateConfig
 from pipeline_lib.stages.filter import FilterConfig
 from pipeline_lib.stages.gate import GateConfig
@@ -20,7 +21,7 @@ from pipeline_lib.stages.sample import SampleConfig
 from pipeline_lib.stages.sft import SftConfig
 from pipeline_lib.validation import Frozen
 
-Candidate = Annotated[PreferenceConfig | PpoConfig, Field(discriminator="method")]
+Candidate = Annotated[PreferenceConfig | ConditionalConfig | PpoConfig, Field(discriminator="method")]
 """What trains a candidate; its `method` says which."""
 
 RESERVED_NAMES = frozenset({"base", "sft", "champion", "dpo", "ppo"})
@@ -87,7 +88,7 @@ class RunConfig(Frozen):
             raise ValueError(f"candidates.{taken[0]}: the name is taken; give the candidate another")
         return self
 
-    def all_candidates(self) -> dict[str, PreferenceConfig | PpoConfig]:
+    def all_candidates(self) -> dict[str, Candidate]:
         """Return every candidate of the run by name, `dpo` and `ppo` first."""
         named = {"dpo": self.dpo, "ppo": self.ppo, **self.candidates}
         return {name: config for name, config in named.items() if config is not None}

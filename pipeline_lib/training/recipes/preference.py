@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pipeline_lib.errors import DivergedError
 from pipeline_lib.losses.preference.contract import PairLogps, RankedLogps, UnpairedLogps
-from pipeline_lib.models.divergence import token_logps_and_kl
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.scoring import Layout, response_logps
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.divergence import token_logps_and_kl
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.preferences import Judgement
 from pipeline_lib.training.ranking import RankedPairs
@@ -110,7 +110,7 @@ class PreferenceRecipe(OfflineRows):
         """Return each response's log-probability, and its KL from the reference where the objective asks."""
         if self.objective.needs_target_kl:
             assert self.reference_model is not None, "the objective needs the reference's distribution"
-            token_logp_N, kl_N = token_logps_and_kl(self.policy.model, self.reference_model.active, batch)
+            token_logp_N, kl_N = token_logps_and_kl(self.policy.model, self.reference_model, batch)
             return batch.sum_by_response(token_logp_N), batch.sum_by_response(kl_N)
         return batch.sum_by_response(token_logps(self.policy.model, batch).token_logp_N), None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline_lib.losses.reward import bradley_terry
+from pipeline_lib.losses.reward.pairs import bradley_terry
 from pipeline_lib.models.heads import scores
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch

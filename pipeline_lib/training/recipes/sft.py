@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pipeline_lib.losses.cross_entropy import CrossEntropy
 from pipeline_lib.losses.tokens import (
-    full_kl_from_hidden,
     mean_logps_from_hidden,
     smoothed_nll,
     token_logps_from_hidden,
@@ -24,6 +23,7 @@ from pipeline_lib.losses.tokens import (
 from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, hidden_states, token_logps
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.divergence import ReferenceStates
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.pretraining import PretrainingRows, is_pretraining
 from pipeline_lib.training.recipe import Figure, StepLoss
@@ -134,7 +134,7 @@ class SftRecipe(OfflineRows):
             logp_N = token_logps(model, batch).token_logp_N
             return _Terms(logp_N, -logp_N, None)
         # The reference runs before the policy: inside its block the adapters are off.
-        reference = None if self.kl is None else _reference_states(self.kl.reference, batch)
+        reference = None if self.kl is None else ReferenceStates.of(self.kl.reference, batch)
         head = model.get_output_embeddings()
         bias_V = getattr(head, "bias", None)
         hidden_ND = hidden_states(model, batch)[batch.source_N]
@@ -147,31 +147,7 @@ class SftRecipe(OfflineRows):
             loss_N = smoothed_nll(logp_N, mean_N, label_smoothing=smoothing)
         if reference is None:
             return _Terms(logp_N, loss_N, None)
-        kl_N = full_kl_from_hidden(
-            hidden_ND, head.weight, reference.hidden_ND, reference.head_weight_VD, head_bias_V=bias_V,
-            ref_head_bias_V=reference.head_bias_V, chunk_tokens=HEAD_CHUNK_TOKENS,
-        )  # fmt: skip
-        return _Terms(logp_N, loss_N, kl_N)
-
-
-@dataclass(frozen=True)
-class _ReferenceStates:
-    """What the reference's distributions at the counted tokens follow from."""
-
-    hidden_ND: Tensor
-    head_weight_VD: Tensor
-    head_bias_V: Tensor | None
-
-
-@torch.no_grad()
-def _reference_states(reference: Reference, batch: TreeBatch) -> _ReferenceStates:
-    with reference.active() as model:
-        head = model.get_output_embeddings()
-        bias_V = getattr(head, "bias", None)
-        return _ReferenceStates(
-            hidden_states(model, batch)[batch.source_N], head.weight.detach(),
-            None if bias_V is None else bias_V.detach(),
-        )  # fmt: skip
+        return _Terms(logp_N, loss_N, reference.kl(model, hidden_ND))
 
 
 def _weighted_sum(values_N: Tensor, weight_N: Tensor | None) -> Tensor:
