@@ -120,7 +120,7 @@ def test_parameters_are_validated(name: str) -> None:
 BOUNDS = [
     ("dpo", "beta", 0.0), ("dpo", "beta", -1.0), ("dpo", "label_smoothing", 0.5), ("dpo", "label_smoothing", -0.1),
     ("dpo", "sft_coef", -0.1), ("robust", "label_smoothing", 0.5), ("ipo", "tau", 0.0), ("ipo", "reduction", "median"),
-    ("exo", "label_smoothing", 0.0), ("slic", "kind", "best"), ("slic", "reg", "l2"), ("orpo", "odds_coef", -1.0),
+    ("exo", "label_smoothing", 0.0), ("slic", "kind", "best"), ("slic", "reg", "l2"), ("orpo", "lam", -1.0),
 ]  # fmt: skip
 
 

@@ -319,7 +319,7 @@ FILES: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "tokens": ("pipeline_lib.losses.tokens", tokens),
     "policy_loss": ("pipeline_lib.losses.policy", policy),
     "value_loss": ("pipeline_lib.losses.policy", value),
-    "bradley_terry": ("pipeline_lib.losses.reward", reward),
+    "bradley_terry": ("pipeline_lib.losses.reward.pairs", reward),
     "dpo": ("pipeline_lib.losses.preference.dpo", dpo),
     "advantage": ("pipeline_lib.rl.advantage", advantage),
     "kl": ("pipeline_lib.rl.kl", kl),

@@ -26,7 +26,7 @@ class Orpo(Frozen):
     form: ClassVar[Form] = "pair"
     needs_reference: ClassVar[bool] = False
     needs_target_kl: ClassVar[bool] = False
-    odds_coef: float = Field(0.1, ge=0)
+    lam: float = Field(0.1, ge=0)
     """lambda, the weight of the penalty."""
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
@@ -35,7 +35,7 @@ class Orpo(Frozen):
 
         chosen_B = _log_odds(pairs.chosen_B / pairs.chosen_tokens_B)
         rejected_B = _log_odds(pairs.rejected_B / pairs.rejected_tokens_B)
-        return pairs.nll_per_token_B - self.odds_coef * logsigmoid(chosen_B - rejected_B)
+        return pairs.nll_per_token_B - self.lam * logsigmoid(chosen_B - rejected_B)
 
 
 def _log_odds(mean_logp_B: Tensor) -> Tensor:

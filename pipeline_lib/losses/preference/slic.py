@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Slic(Frozen):
-    """Calibration + reg_coef * regularisation; lp are sums over response tokens, s the rewards.
+    """Calibration + lam * regularisation; lp are sums over response tokens, s the rewards.
 
     rank: max(0, delta - lp_w + lp_l). margin: max(0, delta (s_w - s_l) - lp_w + lp_l). Both are
     means over the (better, worse) pairs of the list. list: sum over i better than j of
@@ -40,7 +40,7 @@ class Slic(Frozen):
     """The regularisation: cross-entropy on the target, KL from the reference on it, or none."""
     delta: float = Field(1.0, gt=0)
     """Margin of log-probabilities; without effect on the kind reward."""
-    reg_coef: float = Field(0.5, ge=0)
+    lam: float = Field(0.5, ge=0)
     """lambda, the weight of the regularisation."""
 
     @property
@@ -60,7 +60,7 @@ class Slic(Frozen):
             ValueError: The KL is needed and missing.
         """
         calibration = self._calibration(ranked)
-        return calibration + self.reg_coef * self._regularization(ranked.best_logp, ranked.target_kl)
+        return calibration + self.lam * self._regularization(ranked.best_logp, ranked.target_kl)
 
     def per_pair(self, pairs: PairLogps) -> Tensor:
         """Return the loss of pairs without rewards, `(B,)`: of kind rank, or of kind list with K = 2.
@@ -71,7 +71,7 @@ class Slic(Frozen):
         if self.kind not in ("rank", "list"):
             raise ValueError(f"SLiC of kind {self.kind} needs rewards, which pairs do not carry: use lists")
         hinge_B = (self.delta - pairs.chosen_B + pairs.rejected_B).clamp(min=0)
-        return hinge_B + self.reg_coef * self._regularization(pairs.chosen_B, pairs.chosen_kl_B)
+        return hinge_B + self.lam * self._regularization(pairs.chosen_B, pairs.chosen_kl_B)
 
     def _calibration(self, ranked: RankedLogps) -> Tensor:
         logp_K, is_pair_KK = ranked.logp_K, ranked.is_better_KK

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline_lib.losses.reward import accuracy, bradley_terry
+from pipeline_lib.losses.reward.pairs import accuracy, bradley_terry
 
 
 def scores(seed: int) -> Tensor:
