@@ -59,7 +59,8 @@ class ClassEncoder:
                 counts = [False] * len(prompt_ids)
             ids = tuple(encoder.response(response.content, where=where))
             weight = self.settings.classes[number].weight * record.weight
-            trees.append(Tree(f"{record.id}:{place}", tuple(prompt_ids), (ids,), tuple(counts), weight=weight))
+            name = f"{record.id}:{place}"
+            trees.append(Tree(name, tuple(prompt_ids), (ids,), tuple(counts), weight=weight, group=record.group))
         return trees
 
     def _class_of(self, record: Record, place: int) -> int | None:

@@ -27,6 +27,8 @@ class Tree:
     """True where a prompt token counts in the SFT loss: earlier turns of a demonstration."""
     weight: float = 1.0
     """How much the counted tokens of the tree weigh in a cross-entropy; other objectives have their own."""
+    group: str = ""
+    """Trees of one group are held out together; empty: those of one prompt."""
 
     @property
     def num_tokens(self) -> int:

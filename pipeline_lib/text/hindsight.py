@@ -105,7 +105,7 @@ class HindsightEncoder:
         eos_id = self.plain.chat.eos_id
         if self.settings.double_eos and response[-1] == eos_id:
             response = [*response, eos_id]
-        return Tree(name, tuple(ids), (tuple(response),), tuple(counts), weight=record.weight)
+        return Tree(name, tuple(ids), (tuple(response),), tuple(counts), weight=record.weight, group=record.group)
 
     def _header(self, chat: ChatTokenizer, messages: tuple[Message, ...], *, where: str) -> list[int]:
         """Encode what opens a second answer to the same prompt."""

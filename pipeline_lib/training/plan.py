@@ -78,12 +78,12 @@ class DataPlan:
 
 
 def _hold_out(trees: Sequence[Tree], frac: float, seed: int) -> tuple[list[Tree], list[Tree]]:
-    """Part rows into trained and held-out ones, by prompt: no prompt is on both sides.
+    """Part rows into trained and held-out ones: no prompt, and no group of rows, is on both sides.
 
     Raises:
         DataError: There are too few prompts for two sides.
     """
-    prompts = sorted({tree.prompt_ids for tree in trees})
+    prompts = sorted({_held_together(tree) for tree in trees})
     num_held_out = max(1, round(frac * len(prompts)))
     if num_held_out >= len(prompts):
         raise DataError(
@@ -92,9 +92,13 @@ def _hold_out(trees: Sequence[Tree], frac: float, seed: int) -> tuple[list[Tree]
         )
     chosen = {prompts[index] for index in permutation(len(prompts), seed, "held out")[:num_held_out]}
     return (
-        [tree for tree in trees if tree.prompt_ids not in chosen],
-        [tree for tree in trees if tree.prompt_ids in chosen],
+        [tree for tree in trees if _held_together(tree) not in chosen],
+        [tree for tree in trees if _held_together(tree) in chosen],
     )
+
+
+def _held_together(tree: Tree) -> tuple[str, tuple[int, ...]]:
+    return (tree.group, ()) if tree.group else ("", tree.prompt_ids)
 
 
 def permutation(size: int, seed: int, *scope: str | int) -> list[int]:

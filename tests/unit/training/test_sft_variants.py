@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline_lib.errors import InterruptedRunError
 from pipeline_lib.losses.cross_entropy import CrossEntropy, Reduction
 from pipeline_lib.text.cloning import ClassEncoder
 from pipeline_lib.text.conditions import ClassSettings, HindsightSettings
@@ -34,6 +35,7 @@ from tests.toy import (
     record,
     settings,
     sharpen,
+    stop_before,
     weights_of,
 )
 
@@ -191,6 +193,35 @@ def test_pieces_of_text_come_equally_often_in_a_new_order() -> None:
     assert Counter(flat) == {f"{TEXT}{n}": 6 for n in range(5)}
     assert flat[:5] != flat[5:10]
     assert taken == [[tree.record_id for tree in TEXTS.rows(step)] for step in range(10)]
+
+
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(directory: Path, tmp_path: Path) -> None:
+    chosen = settings(batch_size=2, epochs=2, optimizer={"schedule": "cosine"})
+    objective = CrossEntropy(reduction="sample_mean", label_smoothing=0.1)
+    how = {"objective": objective, "kl_coef": 0.5, "pretraining": TEXTS}
+    whole = recipe_of(directory, chosen, ROWS, **how)
+    series = World.at(tmp_path / "whole").loop(whole, chosen).run()
+    world = World.at(tmp_path / "stopped")
+    for stop in (1, 3):
+        loop = world.loop(recipe_of(directory, chosen, ROWS, **how), chosen)
+        world.should_stop = stop_before(stop, loop)
+        with pytest.raises(InterruptedRunError):
+            loop.run()
+    world.should_stop = lambda: False
+    resumed = recipe_of(directory, chosen, ROWS, **how)
+    assert world.loop(resumed, chosen).run() == series
+    assert furthest(weights_of(whole), weights_of(resumed)) == 0.0
+
+
+def test_texts_of_one_comparison_are_held_out_together() -> None:
+    made = HindsightEncoder.of(encoder(max_prompt_tokens=1000), HindsightSettings())
+    trees = [tree for row in COMPARISONS for tree in made.trees(row)]
+    chosen = settings(early_stopping={"held_out_frac": 0.25})
+    plan = DataPlan.of(trees, chosen)
+    held_out = {tree.record_id.split(":")[0] for tree in plan.held_out}
+    assert len(held_out) == 2
+    assert len(plan.held_out) == 8
+    assert held_out.isdisjoint(tree.record_id.split(":")[0] for tree in plan.trees)
 
 
 def test_the_hindsight_loss_is_a_mean_of_row_means(directory: Path) -> None:
