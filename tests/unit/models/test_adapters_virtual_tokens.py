@@ -33,6 +33,7 @@ from pipeline_lib.models.logprobs import hidden_states, token_logps
 from pipeline_lib.models.sampling import SamplingSettings, sample
 from pipeline_lib.models.settings import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings
 from pipeline_lib.models.tiny import write_tiny_model
+from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.models.virtual_tokens import FOLDER, Kind, VirtualTokens, fresh_tokens, virtual_tokens_of
 from pipeline_lib.text.pack import TreeBatch, pack, pad
 from tests.toy import byte_ids, sharpen, short_tree, tiny_llama
@@ -130,6 +131,17 @@ def test_packed_is_padded_and_one_row_at_a_time(make: Callable[[], PreTrainedMod
     torch.testing.assert_close(logps(model, packed), one_by_one, rtol=0, atol=1e-5)
     with tokens.switched_off():
         assert float((logps(model, packed) - one_by_one).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [llama, qwen2, gpt2])
+def test_the_attention_tree_by_tree_sees_all_tokens(make: Callable[[], PreTrainedModel], kind: Kind) -> None:
+    model = make()
+    with_tokens(model, kind)
+    expected = logps(model, pad(TREES, pad_id=0))
+    assert supports_trees(model)
+    torch.testing.assert_close(logps(model, pack(TREES)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logps(model, pack(TREES[:1])), expected[: 3 + 9], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
