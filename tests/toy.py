@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
+from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
 from pipeline_lib.models.scoring import Layout, response_logps
@@ -28,7 +29,7 @@ from pipeline_lib.training.preferences import MISMATCHED, comparisons_of, judgem
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.recipes.ppo import PpoRecipe
 from pipeline_lib.training.recipes.preference import PreferenceRecipe
-from pipeline_lib.training.recipes.reward import RewardRecipe
+from pipeline_lib.training.recipes.reward import Label, RewardRecipe
 from pipeline_lib.training.recipes.sft import SftRecipe
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.settings import OfflineSettings, OptimizerSettings, PpoSettings, TrainingSettings
@@ -244,10 +245,12 @@ def sft_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> SftRecip
 def reward_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> RewardRecipe:
     """A reward model on the comparisons, some with ties."""
     trees = [encoder().tree(row) for row in COMPARISONS]
-    ranks: dict[str, tuple[int, ...]] = {row.id: (1, 2, 2) if n % 2 else (1, 2, 3) for n, row in enumerate(COMPARISONS)}
+    labels = {row.id: Label((1, 2, 2) if n % 2 else (1, 2, 3)) for n, row in enumerate(COMPARISONS)}
+    objective = REWARD_LOSSES.build({"name": "bradley_terry", "centring": 0.01})
     return RewardRecipe(
-        reward_model_of(directory, chosen), DataPlan.of(trees, chosen), layout(**how), ranks=ranks, centring=0.01
-    )
+        reward_model_of(directory, chosen), DataPlan.of(trees, chosen), layout(**how),
+        objective=objective, labels=labels,
+    )  # fmt: skip
 
 
 def dpo_recipe(directory: Path, chosen: OfflineSettings, **how: Any) -> PreferenceRecipe:

@@ -1,28 +1,51 @@
-"""The reward model: Bradley-Terry on a scalar head read at the last token (methods 2.2).
+"""The reward model: a scalar head read at the last token, trained on comparisons (methods 2.2).
 
-Every comparison's K responses go through one forward as one prompt tree; all pairs with a better
-and a worse response count, ties do not.
+Every comparison's K responses go through one forward as one prompt tree, and the loss sees all of
+them at once; the formula is a plug-in of `losses/reward`. Ties are no pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pipeline_lib.losses.reward.pairs import bradley_terry
+from pipeline_lib.losses.reward.contract import RewardLoss
 from pipeline_lib.models.heads import scores
 from pipeline_lib.models.scoring import Layout
+from pipeline_lib.schema import Record, Strength
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipe import Figure, ParameterGroup, StepLoss
 from pipeline_lib.training.recipes.offline import OfflineRows
 from pipeline_lib.training.trained_model import TrainedModel
 
-Ranks = dict[str, tuple[int, ...]]
-"""Ranks of each comparison's responses, by record id."""
+
+@dataclass(frozen=True)
+class Label:
+    """What people said of a comparison."""
+
+    ranks: tuple[int, ...]
+    """One a response, 1 the best, equal numbers are ties."""
+    strength: Strength | None = None
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, record: Record) -> Label:
+        """Take a record's label."""
+        return cls(record.ranks, record.strength, record.weight)
+
+    @cached_property
+    def rank_K(self) -> Tensor:
+        """The ranks as a tensor, on the CPU."""
+        return torch.tensor(self.ranks)
+
+
+Labels = dict[str, Label]
+"""The label of each comparison, by record id."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +56,13 @@ class RankedPairs:
     worse_P: Tensor
 
     @classmethod
-    def of(cls, batch: TreeBatch, ranks: Ranks) -> RankedPairs:
+    def of(cls, batch: TreeBatch, labels: Labels) -> RankedPairs:
         """List the pairs of every tree of a batch, in tree order."""
         better: list[int] = []
         worse: list[int] = []
         first = 0
         for tree in batch.trees:
-            places = ranks[tree.record_id]
+            places = labels[tree.record_id].ranks
             for i, rank_i in enumerate(places):
                 for j, rank_j in enumerate(places):
                     if rank_i < rank_j:
@@ -53,22 +76,16 @@ class RankedPairs:
         )
 
 
-def num_pairs(batch: TreeBatch, ranks: Ranks) -> int:
-    """Count the (better, worse) pairs of a batch."""
-    return sum(
-        rank_i < rank_j for tree in batch.trees for rank_i in ranks[tree.record_id] for rank_j in ranks[tree.record_id]
-    )
-
-
 class RewardRecipe(OfflineRows):
     """Trains a scalar head and its backbone on comparisons."""
 
     def __init__(
-        self, reward_model: TrainedModel, plan: DataPlan, layout: Layout, *, ranks: Ranks, centring: float
+        self, reward_model: TrainedModel, plan: DataPlan, layout: Layout, *, objective: RewardLoss, labels: Labels
     ) -> None:
-        """Take the model, its rows, their ranks, and the weight of the centring term."""
+        """Take the model, its rows, the formula, and what people said of the rows."""
         super().__init__(reward_model, plan, layout)
-        self.reward_model, self.ranks, self.centring = reward_model, ranks, centring
+        self.reward_model, self.objective, self.labels = reward_model, objective, labels
+        self._weights: dict[str, float] = {}
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Return the adapters (or all weights) and the head."""
@@ -76,18 +93,37 @@ class RewardRecipe(OfflineRows):
         return [self.reward_model.group("reward_model", learning_rate=rate)]
 
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
-        """Return the mean of -log sigma(better - worse) over the step's pairs."""
-        pairs = RankedPairs.of(batch, self.ranks)
-        total_pairs = sum(num_pairs(member, self.ranks) for member in step_batches)
+        """Return the objective's sum over the batch, divided by the weight of the whole step."""
         score_R = scores(self.reward_model.model, batch)
-        better_P, worse_P = score_R[pairs.better_P], score_R[pairs.worse_P]
-        loss_P = bradley_terry(better_P, worse_P, centring=self.centring)
-        count = int(pairs.better_P.numel())
-        margin_P = (better_P - worse_P).detach()
-        figures = {
+        loss = score_R.sum() * 0.0  # a batch of nothing but ties has a gradient too, of 0
+        first = 0
+        for tree in batch.trees:
+            num = len(tree.response_ids)
+            loss = loss + self._of_prompt(score_R[first : first + num], tree.record_id)[0]
+            first += num
+        step_weight = sum(self._weight(tree.record_id) for member in step_batches for tree in member.trees)
+        # A step of nothing but ties may weigh nothing, and then has a loss of 0.
+        return StepLoss(loss / (step_weight or 1.0), self._figures(batch, score_R.detach()))
+
+    def _of_prompt(self, scores_K: Tensor, record_id: str) -> tuple[Tensor, float]:
+        label = self.labels[record_id]
+        return self.objective.of_prompt(
+            scores_K, label.rank_K.to(scores_K.device), strength=label.strength, weight=label.weight
+        )
+
+    def _weight(self, record_id: str) -> float:
+        """Return what a row adds to the step's divisor: it depends on the label alone, not on scores."""
+        if record_id not in self._weights:
+            nothing_K = torch.zeros(len(self.labels[record_id].ranks))
+            self._weights[record_id] = self._of_prompt(nothing_K, record_id)[1]
+        return self._weights[record_id]
+
+    def _figures(self, batch: TreeBatch, score_R: Tensor) -> dict[str, Figure]:
+        pairs = RankedPairs.of(batch, self.labels)
+        margin_P = score_R[pairs.better_P] - score_R[pairs.worse_P]
+        count = int(margin_P.numel())
+        return {
             "accuracy_frac": Figure(float((margin_P > 0).sum()), count),
             "margin": Figure(float(margin_P.sum()), count),
-            "score": Figure(float(score_R.detach().sum()), batch.num_responses),
+            "score": Figure(float(score_R.sum()), batch.num_responses),
         }
-        # A step of nothing but ties has no pair, and then a loss of 0.
-        return StepLoss(loss_P.sum() / max(1, total_pairs), figures)

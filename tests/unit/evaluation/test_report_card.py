@@ -172,6 +172,13 @@ def test_prompts_are_drawn_whole() -> None:
     assert (found.low, found.value, found.high) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
 
 
+def test_resamples_of_rows_with_unequal_pairs_are_divided_by_their_own_pairs() -> None:
+    """Better responses always win, so AUC is 1 whichever of the rows, of one pair and of three, are drawn."""
+    ranking = ScoredRow(scores=(9.0, 9.0, 9.0, 1.0), ranks=(1, 1, 1, 2), lengths_words=(1, 1, 1, 1))
+    found = card(ranking, row(8.0, 2.0)).intervals["test_auc_frac"]
+    assert (found.low, found.value, found.high) == (1.0, 1.0, 1.0)
+
+
 def test_the_card_is_json_and_the_same_each_time() -> None:
     one, other = card(*BY_HAND), card(*BY_HAND)
     assert one == other

@@ -10,13 +10,9 @@ import torch
 
 from pipeline_lib.errors import DivergedError
 from pipeline_lib.losses.preference.dpo import Dpo
-from pipeline_lib.models.heads import scores
-from pipeline_lib.models.scoring import response_logps, response_scores
-from pipeline_lib.schema import Record
-from pipeline_lib.text.pack import pack
+from pipeline_lib.models.scoring import response_logps
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipes.preference import PreferenceRecipe
-from pipeline_lib.training.recipes.reward import RankedPairs, RewardRecipe, num_pairs
 from pipeline_lib.training.recipes.sft import SftRecipe
 from tests.toy import (
     DEMONSTRATIONS,
@@ -30,75 +26,11 @@ from tests.toy import (
     layout,
     policy_of,
     record,
-    reward_model_of,
-    reward_recipe,
     settings,
     tiny_llama,
 )
 
 LN_2 = math.log(2)
-
-
-def test_ranked_pairs_are_all_that_differ_and_no_ties() -> None:
-    rows = [record("a", "1", "2", "3"), record("b", "1", "2"), record("c", "1", "2", "3")]
-    ranks = {rows[0].id: (2, 1, 3), rows[1].id: (1, 1), rows[2].id: (2, 1, 1)}
-    batch = pack([encoder().tree(row) for row in rows])
-    pairs = RankedPairs.of(batch, ranks)
-    assert list(zip(pairs.better_P.tolist(), pairs.worse_P.tolist(), strict=True)) == [
-        (0, 2), (1, 0), (1, 2), (6, 5), (7, 5),
-    ]  # fmt: skip
-    assert num_pairs(batch, ranks) == 5
-
-
-def test_the_reward_loss_is_the_pair_mean_by_hand(directory: Path) -> None:
-    chosen = settings(batch_size=8)
-    recipe = reward_recipe(directory, chosen, tokens_per_batch=100)
-    batches = recipe.micro_batches(0)
-    assert len(batches) > 1
-    loss, count = 0.0, 0
-    for tree in recipe.plan.trees:
-        with torch.no_grad():
-            score = scores(recipe.reward_model.model, pack([tree])).tolist()
-        for i, rank_i in enumerate(recipe.ranks[tree.record_id]):
-            for j, rank_j in enumerate(recipe.ranks[tree.record_id]):
-                if rank_i < rank_j:
-                    loss += math.log1p(math.exp(score[j] - score[i])) + 0.01 * (score[i] + score[j]) ** 2
-                    count += 1
-    found = sum(float(recipe.loss(batch, batches).loss.detach()) for batch in batches)
-    assert count == 4 * 3 + 4 * 2
-    assert found == pytest.approx(loss / count, abs=1e-5)
-
-
-def test_a_reward_model_learns_a_separable_preference(directory: Path, world: World) -> None:
-    """The better answer is the one with an exclamation mark, in training and on rows not seen."""
-
-    def row(n: int) -> Record:
-        answer = f"answer {n * 7 % 11}"
-        return record(f"q {n}", f"{answer}!", f"{answer}.")
-
-    train, test = [row(n) for n in range(16)], [row(n) for n in range(100, 110)]
-    chosen = settings(batch_size=8, epochs=10, optimizer={"learning_rate": 5e-3})
-    trained = reward_model_of(directory, chosen)
-    recipe = RewardRecipe(
-        trained, DataPlan.of([encoder().tree(r) for r in train], chosen), layout(),
-        ranks={r.id: r.ranks for r in train}, centring=0.01,
-    )  # fmt: skip
-    series = world.loop(recipe, chosen).run()
-    assert series[-1]["loss"] < 0.3 < series[0]["loss"]
-    assert series[-1]["accuracy_frac"] == 1.0
-    held_out = response_scores(trained.model, [encoder().tree(r) for r in test], layout())
-    assert all(better > worse for better, worse in held_out.values())
-
-
-def test_a_step_of_nothing_but_ties_is_no_fault(directory: Path) -> None:
-    chosen = settings(batch_size=2)
-    rows = [record(f"q {n}", "a", "b", ranks=(1, 1)) for n in range(2)]
-    recipe = RewardRecipe(
-        reward_model_of(directory, chosen), DataPlan.of([encoder().tree(r) for r in rows], chosen), layout(),
-        ranks={r.id: r.ranks for r in rows}, centring=0.01,
-    )  # fmt: skip
-    batches = recipe.micro_batches(0)
-    assert float(recipe.loss(batches[0], batches).loss) == 0.0
 
 
 @pytest.mark.parametrize("beta", [0.05, 2.0])
