@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.stats import Bootstrap
-from pipeline_lib.losses.preference.contract import PairLogps
+from pipeline_lib.losses.preference.contract import PairLogps, RankedLogps, UnpairedLogps
 
 DIRECTORY = Path(__file__).parent
+LOSS_INPUTS: dict[str, Any] = {"per_pair": PairLogps, "of_list": RankedLogps, "per_response": UnpairedLogps}
 CHUNKS = (1, 2, 100)
 """Results must not depend on how tokens are cut into chunks."""
 
@@ -57,7 +58,7 @@ def check(module_name: str, case: dict[str, Any], module: ModuleType | None = No
             given |= {"chunk_tokens": chunk, "with_entropy": True}
         for name in learned:
             given[name].requires_grad_()
-        result = _call(module, case["call"], given)
+        result = _call(module, case["call"], given, case.get("class", "Dpo"))
         for field, expected in case["expected"].items():
             _compare(_field(result, field), expected, f"{case['name']}: {field}")
         if "gradient" in case:
@@ -67,6 +68,8 @@ def check(module_name: str, case: dict[str, Any], module: ModuleType | None = No
 
 
 def _argument(name: str, value: Any, module_name: str) -> Any:
+    if name == "target_kl":
+        return torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, list):
         return value
     if "evaluation" in module_name:
@@ -76,12 +79,21 @@ def _argument(name: str, value: Any, module_name: str) -> Any:
     return torch.tensor(value, dtype=kinds[type(flat)])
 
 
-def _call(module: ModuleType, name: str, given: dict[str, Any]) -> Any:
-    if name == "per_pair":
-        counts = torch.ones(len(given["chosen_B"]), dtype=torch.long)
+def loss(module: ModuleType, cls: str, given: dict[str, Any]) -> Any:
+    return getattr(module, cls)(**given["parameters"])
+
+
+def _call(module: ModuleType, name: str, given: dict[str, Any], cls: str) -> Any:
+    if name in LOSS_INPUTS:
+        if name == "per_pair":
+            counts = torch.ones(len(given["chosen_B"]), dtype=torch.long)
+            given = {"chosen_tokens_B": counts, "rejected_tokens_B": counts, **given}
         logps = {key: value for key, value in given.items() if key != "parameters"}
-        pairs = PairLogps(**logps, chosen_tokens_B=counts, rejected_tokens_B=counts)
-        return module.Dpo(**given["parameters"]).per_pair(pairs)
+        return getattr(loss(module, cls, given), name)(LOSS_INPUTS[name](**logps))
+    if name == "of_prompt":
+        scores_K, rank_K = given["scores_K"], given["rank_K"]
+        details = {key: value for key, value in given.items() if key in ("strength", "weight")}
+        return loss(module, cls, given).of_prompt(scores_K, rank_K, **details)
     if name == "update":
         return module.KlController(**given["parameters"]).update(given["kl_nats"], num_steps=given["num_steps"])
     if name == "measure":

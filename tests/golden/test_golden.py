@@ -9,12 +9,13 @@ import pytest
 
 from tests.golden.check import check, load, topics
 from tests.golden.check_gate import check_decision
-from tests.golden.independent import FILES, content
+from tests.golden.independent import all_files, content
 
 CASES = [
-    pytest.param(load(topic).module, case, id=f"{topic}: {case['name']}")
+    pytest.param(case.get("module", golden.module), case, id=f"{topic}: {case['name']}")
     for topic in topics()
-    for case in load(topic).cases
+    for golden in [load(topic)]
+    for case in golden.cases
 ]
 
 
@@ -36,6 +37,6 @@ def test_every_file_says_where_its_numbers_come_from(topic: str) -> None:
     assert all(case["expected"] for case in golden.cases)
 
 
-@pytest.mark.parametrize("topic", list(FILES))
+@pytest.mark.parametrize("topic", list(all_files()))
 def test_files_are_what_the_independent_program_computes(topic: str) -> None:
     assert Path(__file__).with_name(f"{topic}.json").read_text(encoding="utf-8") == content(topic)

@@ -41,6 +41,40 @@ MUTANTS = [
     ("losses.preference.dpo", "(1 - self.label_smoothing) * logsigmoid", "logsigmoid"),
     ("losses.preference.dpo", "logsigmoid(-scaled_B)", "logsigmoid(scaled_B)"),
     ("losses.preference.dpo", "self.beta * pairs.margin_B", "pairs.margin_B"),
+    ("losses.preference.robust", "+ flipped * logsigmoid", "- flipped * logsigmoid"),
+    ("losses.preference.robust", "/ (1 - 2 * flipped)", "/ (1 - flipped)"),
+    ("losses.preference.ipo", "1 / (2 * self.tau)", "1 / self.tau"),
+    ("losses.preference.ipo", 'self.reduction == "sum"', 'self.reduction != "sum"'),
+    ("losses.preference.r_dpo", "- self.alpha * longer_B", "+ self.alpha * longer_B"),
+    ("losses.preference.r_dpo", ".to(pairs.chosen_B.dtype)", ".float()"),
+    ("losses.preference.odpo", "- self._offset(pairs)", "+ self._offset(pairs)"),
+    ("losses.preference.odpo", "clamp(min=0).log()", "clamp(min=0)"),
+    ("losses.preference.exo", "- log(1 - e)", "- log(e)"),
+    ("losses.preference.nca", "- 0.5 * (", "- 1.0 * ("),
+    ("losses.preference.sppo", "pairs.rejected_ratio_B + target", "pairs.rejected_ratio_B - target"),
+    ("losses.preference.apo_zero", "-self.beta * pairs.chosen", "self.beta * pairs.chosen"),
+    ("losses.preference.apo_down", "-self.beta * pairs.margin_B", "self.beta * pairs.rejected_ratio_B"),
+    ("losses.preference.simpo", "- self.gamma", "- self.beta * self.gamma"),
+    ("losses.preference.simpo", "pairs.chosen_B / pairs.chosen_tokens_B", "pairs.chosen_B"),
+    ("losses.preference.orpo", "- (-bounded_B.expm1()).log()", ""),
+    ("losses.preference.orpo", "pairs.nll_per_token_B - ", "-pairs.chosen_B - "),
+    ("losses.preference.cpo", "self.nll_coef * ", ""),
+    ("losses.preference.kto", ".clamp(min=0)", ""),
+    ("losses.preference.kto", "where(unpaired.is_desirable_B", "where(~unpaired.is_desirable_B"),
+    ("losses.preference.kto", ".mean()", ".sum()"),
+    ("losses.preference.plackett_luce", "~ranked.is_better_KK", "ranked.is_better_KK"),
+    ("losses.preference.rrhf", "* ranked.is_better_KK", ""),
+    ("losses.preference.rrhf", "ranked.mean_logp_K", "ranked.logp_K"),
+    ("losses.preference.pro", "gap_KK.amax(1)", "gap_KK.amin(1)"),
+    ("losses.preference.pro", "(len(mean_K) - 1) ** 2", "(len(mean_K) - 1)"),
+    ("losses.preference.pro", "masked_fill(gap_KK <= 0", "masked_fill(gap_KK < 0"),
+    ("losses.preference.slic", "self.delta * apart_KK", "self.delta * (apart_KK > 0)"),
+    ("losses.preference.slic", "self.delta * gap_KK", "self.delta"),
+    ("losses.preference.slic", "logp_K.softmax(-1)", "logp_K"),
+    ("losses.reward.kwise", "responses * (responses - 1) // 2", "responses * (responses - 1)"),
+    ("losses.reward.bradley_terry", "weight * len(loss_P)", "weight"),
+    ("losses.reward.plackett_luce", "~is_better_KK, float", "is_better_KK, float"),
+    ("losses.reward.best_of_k", "rank_K.min()", "rank_K.max()"),
     ("rl.advantage", "range(rewards_BT.shape[1] - 1, -1, -1)", "range(rewards_BT.shape[1] - 2, -1, -1)"),
     ("rl.advantage", "gamma * next_value_B - values", "gamma * next_value_B + values"),
     ("rl.advantage", "gamma * gae_lambda * next_advantage_B", "gae_lambda * next_advantage_B"),
@@ -124,8 +158,8 @@ def survives(name: str, module: ModuleType) -> bool:
     """Tell whether a module passes every golden check of the module that it stands for."""
     try:
         for golden in (load(topic) for topic in topics()):
-            if golden.module == name:
-                for case in golden.cases:
+            for case in golden.cases:
+                if case.get("module", golden.module) == name:
                     check(name, case, module)
     except AssertionError:
         return False

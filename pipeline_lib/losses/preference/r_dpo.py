@@ -33,5 +33,5 @@ class RDpo(PairLoss):
         """Return the loss of each pair without the SFT term."""
         from torch.nn.functional import logsigmoid  # noqa: PLC0415  (configuration needs no torch)
 
-        longer_B = pairs.chosen_tokens_B - pairs.rejected_tokens_B
+        longer_B = (pairs.chosen_tokens_B - pairs.rejected_tokens_B).to(pairs.chosen_B.dtype)
         return -logsigmoid(self.beta * pairs.margin_B - self.alpha * longer_B)
