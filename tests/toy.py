@@ -262,9 +262,10 @@ def preference_recipe(
     directory: Path, chosen: OfflineSettings, loss: dict[str, Any], rows: Sequence[Record] = COMPARISONS, **how: Any
 ) -> PreferenceRecipe:
     """Any preference loss on rows, against the policy as it starts."""
+    limits = {key: how.pop(key) for key in ("max_prompt_tokens", "max_response_tokens") if key in how}
     objective = PREFERENCE_LOSSES.build(loss)
     policy = policy_of(directory, chosen)
-    compared = comparisons_of(rows, encoder())
+    compared = comparisons_of(rows, encoder(**limits))
     others = mismatched(compared.trees)
     logps = response_logps(policy.model, [*compared.trees, *others], layout())
     return PreferenceRecipe(

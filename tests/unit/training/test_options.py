@@ -85,7 +85,7 @@ def test_early_stopping_by_hand() -> None:
 
 def test_a_model_that_gets_worse_on_held_out_rows_is_stopped_at_its_best(directory: Path, world: World) -> None:
     stop = {"held_out_frac": 0.4, "every_steps": 1, "patience": 2}
-    chosen = settings(batch_size=8, epochs=60, early_stopping=stop, lora=None, optimizer={"learning_rate": 3e-2})
+    chosen = settings(batch_size=8, epochs=60, early_stopping=stop, adapter=None, optimizer={"learning_rate": 3e-2})
     recipe = sft_recipe(directory, chosen)
     series = world.loop(recipe, chosen).run()
     losses = [row["held_out_loss"] for row in series]
