@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline_lib.losses.tokens import masked_mean, token_logps_from_hidden
+from pipeline_lib.losses.tokens import (
+    full_kl_from_hidden,
+    masked_mean,
+    mean_logps_from_hidden,
+    smoothed_nll,
+    token_logps_from_hidden,
+)
 
 
 def inputs(num: int = 6, width: int = 4, vocabulary: int = 9, *, scale: float = 1.0) -> tuple[Tensor, ...]:
@@ -136,3 +142,99 @@ def test_masked_mean_leaves_out_what_does_not_count() -> None:
         masked_mean(values, torch.zeros(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="must have one shape"):
         masked_mean(values, torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_of_a_frozen_head_is_formed_in_the_forward_pass(chunk_tokens: int, temperature: float) -> None:
+    hidden, weight, bias, labels = inputs()
+    hidden.requires_grad_()
+
+    def logps(hidden: Tensor) -> Tensor:
+        return token_logps_from_hidden(
+            hidden, weight, labels, head_bias_V=bias, chunk_tokens=chunk_tokens, temperature=temperature
+        )[0]
+
+    assert torch.autograd.gradcheck(logps, (hidden,))
+    with torch.no_grad():
+        silent = logps(hidden)
+    assert not silent.requires_grad
+    torch.testing.assert_close(silent, logps(hidden).detach(), rtol=0, atol=0)
+
+
+def test_chunks_share_buffers_but_no_results() -> None:
+    """A last chunk that is shorter, and two calls after each other, leave earlier results as they were."""
+    hidden, weight, bias, labels = inputs(num=7)
+    whole = torch.log_softmax(hidden @ weight.T + bias, -1)
+    first, entropy = token_logps_from_hidden(
+        hidden, weight, labels, head_bias_V=bias, chunk_tokens=3, with_entropy=True
+    )
+    token_logps_from_hidden(hidden.flip(0), weight, labels, head_bias_V=bias, chunk_tokens=3)
+    torch.testing.assert_close(first, whole.gather(1, labels[:, None])[:, 0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropy, -(whole.exp() * whole).sum(-1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_smoothed_nll_is_torchs(with_bias: bool, smoothing: float) -> None:
+    hidden, weight, bias, labels = (part.requires_grad_() if part.is_floating_point() else part for part in inputs())
+    given = bias if with_bias else None
+
+    def ours(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        given = bias if with_bias else None
+        logps, _ = token_logps_from_hidden(hidden, weight, labels, head_bias_V=given, chunk_tokens=4, temperature=1.3)
+        means = mean_logps_from_hidden(hidden, weight, labels, logps, head_bias_V=given, temperature=1.3)
+        return smoothed_nll(logps, means, label_smoothing=smoothing)
+
+    logits = (hidden @ weight.T + (0 if given is None else given)) / 1.3
+    theirs = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(ours(hidden, weight, bias), theirs, rtol=1e-12, atol=1e-12)
+    learned = (hidden, weight, bias) if with_bias else (hidden, weight)
+    wanted = torch.autograd.grad((theirs * torch.arange(6)).sum(), learned)
+    found = torch.autograd.grad((ours(hidden, weight, bias) * torch.arange(6)).sum(), learned)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_head_learned", [True, False])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+def test_full_kl_against_all_logits(is_head_learned: bool, chunk_tokens: int) -> None:
+    hidden, weight, bias, _ = inputs()
+    ref_hidden, ref_weight, _, _ = inputs(width=3, scale=0.7)  # another width, the same words
+    hidden.requires_grad_()
+    weight.requires_grad_(is_head_learned)
+
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+        return full_kl_from_hidden(
+            hidden, weight, ref_hidden, ref_weight, head_bias_V=bias, ref_head_bias_V=bias / 2,
+            chunk_tokens=chunk_tokens, temperature=0.8,
+        )  # fmt: skip
+
+    logp = torch.log_softmax((hidden @ weight.T + bias) / 0.8, -1)
+    logq = torch.log_softmax((ref_hidden @ ref_weight.T + bias / 2) / 0.8, -1)
+    torch.testing.assert_close(ours(hidden, weight), (logp.exp() * (logp - logq)).sum(-1), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, (hidden, weight))
+
+
+def test_full_kl_of_a_model_with_itself_is_zero() -> None:
+    hidden, weight, _, _ = (part.float() if part.is_floating_point() else part for part in inputs(scale=50.0))
+    hidden.requires_grad_()
+    kl = full_kl_from_hidden(hidden, weight, hidden.detach(), weight, chunk_tokens=4)
+    kl.sum().backward()
+    assert kl.tolist() == [0.0] * 6
+    assert hidden.grad is not None
+    assert float(hidden.grad.abs().max()) == 0.0
+
+
+def test_refusals_of_divergence_and_smoothing() -> None:
+    hidden, weight, _, labels = inputs()
+    with pytest.raises(ValueError, match="as many tokens and words: 6 and 5 tokens"):
+        full_kl_from_hidden(hidden, weight, hidden[:5], weight, chunk_tokens=4)
+    with pytest.raises(ValueError, match="9 and 8 words"):
+        full_kl_from_hidden(hidden, weight, hidden, weight[:8], chunk_tokens=4)
+    with pytest.raises(ValueError, match=r"must be \(N, D\) and \(V, D\)"):
+        full_kl_from_hidden(hidden, weight, hidden[:, :2], weight, chunk_tokens=4)
+    with pytest.raises(ValueError, match=r"must be \(N, D\), \(V, D\) and \(N,\)"):
+        mean_logps_from_hidden(hidden, weight, labels, hidden[:3, 0])
+    with pytest.raises(ValueError, match="be 0 to 1"):
+        smoothed_nll(hidden[:, 0], hidden[:, 0], label_smoothing=1.5)
