@@ -167,14 +167,12 @@ def attention_of_trees(
     if unknown:
         raise NotImplementedError(f"attention over prompt trees has no {unknown[0]}")
     tree_masks = tree_masks.for_queries(query.shape[2])
-    window = _window(kwargs.get("sliding_window"), tree_masks.visibility)
-    prefix = key.shape[2] - query.shape[2]
+    how: dict[str, Any] = {
+        "window": _window(kwargs.get("sliding_window"), tree_masks.visibility), "scaling": scaling, "softcap": softcap,
+    }  # fmt: skip
     if query.is_cuda and dropout == 0.0:
-        blocks = tree_masks.blocks(prefix=prefix, window=window)
-        return flex(query, key, value, blocks, scaling=scaling, softcap=softcap), None
-    masks = tree_masks.by_tree(prefix=prefix, window=window, dtype=query.dtype)
-    sizes = tree_masks.visibility.sizes
-    return _tree_by_tree(query, key, value, masks, sizes, scaling, softcap, dropout), None
+        return _block_by_block(query, key, value, tree_masks, **how), None
+    return _tree_by_tree(query, key, value, tree_masks, **how, dropout=dropout), None
 
 
 def _window(sliding_window: int | None, visibility: Visibility) -> int | None:
@@ -184,17 +182,34 @@ def _window(sliding_window: int | None, visibility: Visibility) -> int | None:
     return sliding_window
 
 
+def _block_by_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_masks: TreeMasks,
+    *,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    blocks = tree_masks.blocks(prefix=key.shape[2] - query.shape[2], window=window)
+    return flex(query, key, value, blocks, scaling=scaling, softcap=softcap)
+
+
 def _tree_by_tree(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    masks: list[Tensor | None],
-    sizes: tuple[int, ...],
+    tree_masks: TreeMasks,
+    *,
+    window: int | None,
     scaling: float | None,
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    prefix, trunk = key.shape[2] - query.shape[2], sizes[0]
+    prefix, sizes = key.shape[2] - query.shape[2], tree_masks.visibility.sizes
+    masks = tree_masks.by_tree(prefix=prefix, window=window, dtype=query.dtype)
+    trunk = sizes[0]
     # Split, not slices: the backward of a split is one copy, that of each slice is the whole row.
     queries = query.split(sizes, dim=2)
     (shared_key, *keys), (shared_value, *values) = (
