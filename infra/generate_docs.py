@@ -23,6 +23,7 @@ from pipeline_lib.data.sources import SOURCES
 from pipeline_lib.errors import PipelineError
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
+from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.registry import Table
 from pipeline_lib.stages.run_config import RunConfig
 
@@ -52,6 +53,7 @@ _PLUGINS = (
     ("Sources", "collect.sources", SOURCES),
     ("Filter rules", "filter.rules", FILTERS),
     ("Preference losses", "dpo.loss", PREFERENCE_LOSSES),
+    ("Reward losses", "reward.loss", REWARD_LOSSES),
     ("Gate metrics", "gate.policy.rules[].metric", GATE_METRICS),
 )
 

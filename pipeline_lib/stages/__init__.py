@@ -71,6 +71,7 @@ def plugin_tables() -> dict[str, Table]:
         "sources": "pipeline_lib.data.sources:SOURCES",
         "filters": "pipeline_lib.data.filters:FILTERS",
         "losses": "pipeline_lib.losses.preference:PREFERENCE_LOSSES",
+        "reward-losses": "pipeline_lib.losses.reward:REWARD_LOSSES",
         "gate-metrics": "pipeline_lib.evaluation.gate_metrics:GATE_METRICS",
     }
     tables: dict[str, Table] = {}

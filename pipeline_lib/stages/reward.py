@@ -42,7 +42,7 @@ class RewardConfig(OfflineSettings):
     loss: Annotated[PluginSpec, AfterValidator(_complete)] = Field(
         {"name": "bradley_terry", "centring": 0.01}, validate_default=True
     )
-    """The objective and its parameters; `prefline list losses` prints them all."""
+    """The objective and its parameters; `prefline list reward-losses` prints them all."""
     rows: RowSelection = RowSelection()
     """Which comparisons it learns from, and is tested on: a helpful and a safety model have their own."""
     max_test_rows: int = Field(256, ge=1)

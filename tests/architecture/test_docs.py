@@ -25,6 +25,7 @@ from pipeline_lib.evaluation.gate import GatePolicy
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
 from pipeline_lib.evaluation.stats import Bootstrap
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
+from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.registry import Table
 from pipeline_lib.schema import ExampleResult, Message, Origin, Record, Response
 from pipeline_lib.stages import STAGES
@@ -32,7 +33,7 @@ from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.validation import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = [SOURCES, FILTERS, PREFERENCE_LOSSES, GATE_METRICS]
+TABLES = [SOURCES, FILTERS, PREFERENCE_LOSSES, REWARD_LOSSES, GATE_METRICS]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 GATES = sorted((ROOT / "configs" / "gates").glob("*.yaml"))
