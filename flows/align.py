@@ -17,6 +17,7 @@ from pipeline_lib.stages.memory import check_memory
 from pipeline_lib.stages.places import open_places
 from pipeline_lib.stages.ppo import PpoConfig
 from pipeline_lib.stages.preference import PreferenceConfig
+from pipeline_lib.stages.pretraining import pin_pretraining
 from pipeline_lib.stages.promote import Promotion, incumbent
 from pipeline_lib.stages.report import ReportConfig
 from pipeline_lib.stages.run_config import Candidate, RunConfig
@@ -34,6 +35,8 @@ class AlignResult(Frozen):
     report: ArtifactRef
     report_path: Path
     winner_uri: str | None
+    reward_models: dict[str, ArtifactRef]
+    """The further reward models of the run, by name."""
 
 
 class _Stages:
@@ -90,8 +93,12 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
     if config.sample.max_prompts > 0:
         dataset = stage("sample", config.sample, base_model=base, dataset=dataset)
 
-    sft = stage("sft", config.sft, base_model=base, dataset=dataset)
+    sft = stage("sft", pin_pretraining(config.sft, open_places(services.store)), base_model=base, dataset=dataset)
     reward = stage("reward", config.reward, sft_model=sft, dataset=dataset)
+    rewards = {
+        name: stage.named(f"reward:{name}", "reward", further, {"sft_model": sft, "dataset": dataset})
+        for name, further in config.reward_models.items()
+    }
     candidates = _train_candidates(config, stage, base=base, sft=sft, reward=reward, dataset=dataset)
 
     champion = incumbent(services.store, config.promote.model_name, list(candidates.values()))
@@ -110,7 +117,7 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
     )
     promotion = promoted.result()
     report = stage("report", ReportConfig(name=config.name), verdict=verdict_ref, dataset=dataset)
-    return _finish(config, services, verdict_ref, promotion, report)
+    return _finish(config, services, verdict_ref, promotion, report, rewards)
 
 
 def _train_candidates(
@@ -127,7 +134,7 @@ def _train_candidates(
                 inputs["reference_logps"] = stage.named(task, "reference_logps", candidate.reference_logps(), inputs)
         if isinstance(candidate, PpoConfig):
             inputs["reward_model"] = reward
-        jobs[name] = (candidate, inputs)
+        jobs[name] = (pin_pretraining(candidate, open_places(stage.services.store)), inputs)
     return stage.together(jobs)
 
 
@@ -156,7 +163,12 @@ def _version_tags(config: RunConfig, dataset: ArtifactRef) -> dict[str, str]:
 
 
 def _finish(
-    config: RunConfig, services: Services, verdict_ref: ArtifactRef, promotion: Promotion, report: ArtifactRef
+    config: RunConfig,
+    services: Services,
+    verdict_ref: ArtifactRef,
+    promotion: Promotion,
+    report: ArtifactRef,
+    rewards: dict[str, ArtifactRef],
 ) -> AlignResult:
     """Put the report where people look for it, and gather the result."""
     directory = config.runtime.home.absolute() / "reports" / config.name
@@ -166,7 +178,7 @@ def _finish(
     verdict = Verdict.model_validate(services.store.read_json(verdict_ref, "verdict.json"))
     create_markdown_artifact(_markdown(verdict, promotion, path), key="verdict", description=f"Gate: {config.name}")
     return AlignResult(
-        verdict=verdict, promotion=promotion, report=report, report_path=path,
+        verdict=verdict, promotion=promotion, report=report, report_path=path, reward_models=rewards,
         winner_uri=services.store.uri(promotion.model) if promotion.model else None,
     )  # fmt: skip
 

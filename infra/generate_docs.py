@@ -113,6 +113,8 @@ def configuration_page() -> str:
 
 def _variant_part(variant: type[BaseModel], key: str) -> str:
     """Return the part of one method of candidates; those that have a section of their own are not repeated."""
+    if "method" not in variant.model_fields:
+        return f"The keys of each are those of [reward](#reward): {_doc(variant)}\n"
     method = variant.model_fields["method"].default
     own = {"preference": "dpo", "ppo": "ppo"}.get(method)
     title = f"### {key}.NAME with method: {method}\n\n{_doc(variant)}\n\n"

@@ -50,6 +50,7 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
     stages: dict[str, tuple[TrainingSettings, int]] = {
         "sft": (config.sft, 1),
         "reward": (config.reward, 1),
+        **{f"reward_models.{name}": (further, 1) for name, further in config.reward_models.items()},
         **{name: (candidate, _copies(candidate)) for name, candidate in config.all_candidates().items()},
     }
     for name, (settings, copies) in stages.items():

@@ -10,7 +10,7 @@ from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.registry import PluginSpec
 from pipeline_lib.schema import Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
-from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig
+from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig, weights_of
 from pipeline_lib.training.settings import OfflineSettings
 
 VERSION = 2
@@ -67,10 +67,7 @@ def run(config: PreferenceConfig, inputs: Inputs, context: StageContext) -> Stag
         stage.read_records(context, inputs["dataset"], Split.POLICY), encoder, with_rated=objective.form == "unpaired"
     )
     stage.require_rows(list(rows.trees), "comparisons", Split.POLICY)
-    reference = None
-    if config.needs_reference:
-        kept = context.store.read_json(inputs["reference_logps"], "logps.json")
-        reference = {key: tuple(value) for key, value in kept.items()}
+    reference = _reference(inputs, context) if config.needs_reference else None
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
     others = mismatched(rows.trees) if objective.form == "unpaired" else []
@@ -91,3 +88,13 @@ def run(config: PreferenceConfig, inputs: Inputs, context: StageContext) -> Stag
     stage.write_facts(context.workdir, facts)
     names = [name for name in ("loss", "accuracy_frac", "log_ratio_margin_nats") if name in series[-1]]
     return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})
+
+
+def _reference(inputs: Inputs, context: StageContext) -> dict[str, tuple[float, ...]]:
+    """Read the reference's log-probabilities, which must be those of the very model that is trained."""
+    from pipeline_lib.training.reference import require_same_weights  # noqa: PLC0415  (torch)
+
+    scored = context.store.manifest(inputs["reference_logps"]).inputs["sft_model"]
+    require_same_weights(weights_of(context, inputs["sft_model"]), weights_of(context, scored))
+    kept = context.store.read_json(inputs["reference_logps"], "logps.json")
+    return {key: tuple(value) for key, value in kept.items()}

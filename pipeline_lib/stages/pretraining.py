@@ -15,7 +15,7 @@ from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.places import open_places
 from pipeline_lib.text.normalize import normalise
 from pipeline_lib.training.pretraining_settings import PretrainingSettings
-from pipeline_lib.training.settings import OfflineSettings
+from pipeline_lib.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from pipeline_lib.text.chat_template import ChatTokenizer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
-ConfigT = TypeVar("ConfigT", bound=OfflineSettings)
+ConfigT = TypeVar("ConfigT", bound=TrainingSettings)
 
 
 def pin_pretraining(config: ConfigT, opener: OpenPlace) -> ConfigT:

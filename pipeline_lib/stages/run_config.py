@@ -24,6 +24,9 @@ from pipeline_lib.validation import Frozen
 Candidate = Annotated[PreferenceConfig | ConditionalConfig | PpoConfig, Field(discriminator="method")]
 """What trains a candidate; its `method` says which."""
 
+Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")]
+"""Name of a candidate or a reward model."""
+
 RESERVED_NAMES = frozenset({"base", "sft", "champion", "dpo", "ppo"})
 """Names that further candidates cannot have."""
 
@@ -62,13 +65,13 @@ class RunConfig(Frozen):
     """Supervised fine-tuning."""
     reward: RewardConfig = RewardConfig()
     """The reward model."""
+    reward_models: dict[Name, RewardConfig] = Field(default_factory=dict)
+    """Further reward models by name, e.g. `safe: {rows: {tags: [safe]}}` beside a helpful one in `reward`."""
     dpo: PreferenceConfig | None = Field(PreferenceConfig(), title="DPO")
     """The candidate by preference optimisation; null leaves it out."""
     ppo: PpoConfig | None = Field(PpoConfig(), title="PPO")
     """The candidate by PPO; null leaves it out."""
-    candidates: dict[Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")], Candidate] = Field(
-        default_factory=dict
-    )
+    candidates: dict[Name, Candidate] = Field(default_factory=dict)
     """Further candidates by name, e.g. `simpo: {method: preference, loss: {name: simpo}}`."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Held-out evaluation."""
