@@ -6,9 +6,11 @@ BIN    := $(VENV)/bin
 PRESET ?= demo
 # Further words for pip, e.g. an index of CPU-only builds of torch.
 PIP_FLAGS ?=
+# Words for `python -m benchmarks.peers`.
+BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt docs clean
+.PHONY: help setup demo test check fmt docs bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +46,15 @@ fmt: setup ## Format the code and repair what the linter can
 docs: setup ## Write the generated pages of docs/ anew
 	$(BIN)/python infra/generate_docs.py
 
+bench: setup .venv-peer/.ready ## Measure against TRL (BENCH="--preset tiny" tries the harness out)
+	$(BIN)/python -m benchmarks.peers $(BENCH)
+
+.venv-peer/.ready: benchmarks/peer-constraints.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  -c benchmarks/peer-constraints.txt trl torch transformers datasets peft accelerate
+	@touch $@
+
 clean: ## Remove .venv and caches; the results under .prefline/ stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-peer build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Prefline measured side by side with a peer."""
