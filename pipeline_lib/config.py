@@ -125,7 +125,8 @@ def _read_extended(path: Path, *, depth: int) -> tuple[dict[str, Any], dict[str,
             f"{path}: extends {base_name!r}, which does not exist", next_step="give a path beside this file"
         )
     base, base_origins = _read_extended(base_path, depth=depth + 1)
-    return _merge(base, own), base_origins | origins
+    # The file itself is no plug-in: its own name is one more key to change.
+    return _merged_keys(base, own), base_origins | origins
 
 
 def _merge(base: Any, own: Any) -> Any:
@@ -133,8 +134,12 @@ def _merge(base: Any, own: Any) -> Any:
         # A plug-in of another name starts anew: the old one's parameters mean nothing to it.
         if "name" in own and own["name"] != base.get("name", own["name"]):
             return own
-        return base | {key: _merge(base[key], value) if key in base else value for key, value in own.items()}
+        return _merged_keys(base, own)
     return own
+
+
+def _merged_keys(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    return base | {key: _merge(base[key], value) if key in base else value for key, value in own.items()}
 
 
 def _put(tree: dict[str, Any], keys: list[str], value: Any, *, where: str) -> None:
