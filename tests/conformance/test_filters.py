@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pipeline_lib.data.filters import FILTERS
 from pipeline_lib.data.rule import NeedsTokens, Rule, Tools, Transform
 from pipeline_lib.errors import ConfigError
-from pipeline_lib.schema import Message, Origin, Record, Response
+from pipeline_lib.schema import Author, Message, Origin, Record, Response, Split
 
 
 class Words:
@@ -165,6 +165,25 @@ def test_a_second_pass_changes_nothing(name: str) -> None:
         assert once == Record.create(
             once.messages, once.responses, once.ranks, origin=one.origin, group=one.group, split=one.split
         )
+
+
+@pytest.mark.parametrize("name", rewriting_rules())
+def test_a_rewrite_keeps_all_but_texts_and_id(name: str) -> None:
+    """Whatever fields a record has, now and later: only what depends on its texts may become another."""
+    hidden = "a\u200bb\r\nc"
+    author = Author(kind="human", name="p1")
+    answers = (Response(content=hidden, score=4.0, author=author), Response(content="other", score=1.0))
+    messages = (Message(role="user", content=f"{hidden}?"),)
+    shared: dict[str, Any] = {"origin": ORIGIN, "group": "g", "split": Split.REWARD, "weight": 0.5, "tags": ("safe",)}
+    for before in (
+        Record.create(messages, answers, (1, 2), strength="slightly", **shared),
+        Record.create(messages, answers[:1], desirable=False, **shared),
+    ):
+        after = FILTERS.build({"name": name}).transform(before)
+        assert after.id != before.id
+        assert after.model_copy(update={"id": before.id, "messages": messages, "responses": before.responses}) == before
+        assert [one.score for one in after.responses] == [one.score for one in before.responses]
+        assert [one.author for one in after.responses] == [one.author for one in before.responses]
 
 
 def test_only_length_asks_for_tokens_and_only_with_a_bound_in_tokens() -> None:

@@ -53,7 +53,7 @@ class Unicode(Frozen):
             return record
         return Record.create(
             messages, responses, record.ranks, origin=record.origin, group=record.group, split=record.split,
-            strength=record.strength, weight=record.weight, tags=record.tags,
+            strength=record.strength, weight=record.weight, tags=record.tags, desirable=record.desirable,
         )  # fmt: skip
 
     def _form(self, text: str) -> str:
