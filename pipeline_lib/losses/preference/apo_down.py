@@ -19,7 +19,7 @@ class ApoDown(PairLoss):
 
     For data whose chosen responses are worse than the model's own: the chosen one falls too.
 
-    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8.
+    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
 
     needs_reference: ClassVar[bool] = True

@@ -19,7 +19,7 @@ class ApoZero(PairLoss):
 
     For data whose chosen responses are better than the model's own.
 
-    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7.
+    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
 
     needs_reference: ClassVar[bool] = True

@@ -20,7 +20,7 @@ class Cpo(Frozen):
 
     NLL is the mean a token of the chosen text.
 
-    Source: Xu et al. 2024 (arXiv 2401.08417), eq. 3 to 5.
+    Source: Xu et al. 2024 (arXiv 2401.08417).
     """
 
     form: ClassVar[Form] = "pair"

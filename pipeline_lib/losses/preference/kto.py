@@ -23,7 +23,7 @@ class Kto(UnpairedLoss):
     c is the log-ratio, z0 = max(0, mean of the M mismatched log-ratios) the estimate of
     KL(policy || reference): a plain mean, without gradient; 0 where M is 0.
 
-    Source: Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 8.
+    Source: Ethayarajh et al. 2024 (arXiv 2402.01306).
     """
 
     needs_reference: ClassVar[bool] = True

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class LengthNormalized(PairLoss):
     """-log sigma(beta (c_w / |y_w| - c_l / |y_l|)), c the log-ratios.
 
-    Source: Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), section 5.1.2.
+    Source: Lambert et al. 2024 (Tulu 3, arXiv 2411.15124).
     """
 
     needs_reference: ClassVar[bool] = True

@@ -19,7 +19,7 @@ class Nca(PairLoss):
 
     It bounds the chosen response's own log-ratio, which DPO lets fall with the rejected one's.
 
-    Source: Chen et al. 2024 (arXiv 2402.05369), eq. 11 with K = 2.
+    Source: Chen et al. 2024 (arXiv 2402.05369), with K = 2.
     """
 
     needs_reference: ClassVar[bool] = True

@@ -20,7 +20,7 @@ class Odpo(PairLoss):
     Pairs without rewards have the fixed offset. With f = log a pair whose rewards do not favour the
     chosen response has the limit of a gap of 0: the offset is -infinity, and it costs nothing.
 
-    Source: Amini et al. 2024 (arXiv 2402.10571), section 4.
+    Source: Amini et al. 2024 (arXiv 2402.10571).
     """
 
     needs_reference: ClassVar[bool] = True

@@ -20,7 +20,7 @@ class PlackettLuce(ListLoss):
     Tied responses do not compete: each is chosen among itself and those strictly worse. With K = 2
     it is DPO's loss.
 
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3, eq. 18 and 20.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3.
     """
 
     needs_reference: ClassVar[bool] = True

@@ -26,7 +26,7 @@ class Pro(Frozen):
     over tokens. The order is that of the rewards; responses of equal reward do not compete, as their
     temperature would be infinite. With K = 2 it is -log sigma((r_1 - r_2)(s_1 - s_2)) + w SFT.
 
-    Source: Song et al. 2023 (arXiv 2306.17492), eq. 6 to 9.
+    Source: Song et al. 2023 (arXiv 2306.17492).
     """
 
     form: ClassVar[Form] = "list"

@@ -20,7 +20,7 @@ class Robust(PairLoss):
     Over labels flipped with probability e its mean is DPO's loss on the true labels; so single
     values may be below 0.
 
-    Source: Chowdhury et al. 2024 (arXiv 2403.00409), section 3.
+    Source: Chowdhury et al. 2024 (arXiv 2403.00409).
     """
 
     needs_reference: ClassVar[bool] = True

@@ -30,7 +30,7 @@ class Slic(Frozen):
     The target is the best response. ce: -lp of the target. kl: sum over its tokens of
     KL(policy || reference), which has to be given.
 
-    Source: Zhao et al. 2022 (arXiv 2210.00045), section 2; Zhao et al. 2023 (arXiv 2305.10425).
+    Source: Zhao et al. 2022 (arXiv 2210.00045); Zhao et al. 2023 (arXiv 2305.10425).
     """
 
     form: ClassVar[Form] = "list"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Sppo(PairLoss):
     """(c_w - 1 / (2 beta))^2 + (c_l + 1 / (2 beta))^2, c the log-ratios.
 
-    Source: Wu et al. 2024 (arXiv 2405.00675), eq. 4.6 with win rates 1 and 0.
+    Source: Wu et al. 2024 (arXiv 2405.00675), with win rates 1 and 0.
     """
 
     needs_reference: ClassVar[bool] = True
