@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from pipeline_lib.models.logprobs import hidden_states
+from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.virtual_tokens import attach_saved
 from pipeline_lib.text.pack import TreeBatch
 

@@ -15,35 +15,55 @@ from transformers import PreTrainedModel
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.tokens import token_logps_from_hidden
 from pipeline_lib.models.backbone import hidden_states
-from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.text.pack import TreeBatch
-
-__all__ = ["HEAD_CHUNK_TOKENS", "TokenLogps", "hidden_states", "require_plain_head", "supports_trees", "token_logps"]
 
 HEAD_CHUNK_TOKENS = 256
 """Counted positions whose logits are in memory at once."""
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """Return the factor between the head's output and the logits; 1 in all but a few families.
+
+    Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`.
+    """
+    divisor, factor = (getattr(model.config, name, None) for name in ("logits_scaling", "logit_scale"))
+    if isinstance(divisor, int | float) and divisor:
+        return 1.0 / float(divisor)
+    return float(factor) if isinstance(factor, int | float) and factor else 1.0
 
 
 @torch.inference_mode()
 def require_plain_head(model: PreTrainedModel) -> None:
     """Refuse a language model that changes its logits after the head, as Gemma 2 caps them.
 
-    Log-probabilities are taken from the head's own output, so they would silently be another model's.
+    Log-probabilities are taken from the head's own output, at most scaled, so they would silently be
+    another model's.
 
     Raises:
         ConfigError: The model's logits are not those of its head.
     """
     ids = torch.arange(4, device=model.device)[None]
     backbone: nn.Module = model.base_model
-    of_head = model.get_output_embeddings()(backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+    scale = logit_scale(model)
+    of_head = model.get_output_embeddings()(backbone(input_ids=ids, use_cache=False).last_hidden_state).float() * scale
     of_model = model(input_ids=ids, use_cache=False).logits.float()
-    # 2 % is far above what bf16 loses and far below what a cap or a scale changes.
+    # 2 % is far above what bf16 loses and far below what a cap changes.
     if float((of_head - of_model).abs().max()) > 0.02 * float(of_head.abs().max()):
         raise ConfigError(
-            f"models of type {model.config.model_type!r} scale or cap their logits after the head, "
+            f"models of type {model.config.model_type!r} cap or otherwise change their logits after the head, "
             "which is not supported",
-            next_step="choose a model.source such as a Llama, Qwen, Mistral or GPT-2",
+            next_step="choose a model.source such as a Llama, Qwen, Mistral, Gemma 3 or GPT-2",
         )
+
+
+def predicting_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
+    """Run a language model's backbone; return `(N, D)`, what its head makes the logits of each counted token of.
+
+    They are the hidden states at `source_N`, with the scale that the model gives its logits.
+    """
+    hidden_ND = hidden_states(model, batch)[batch.source_N]
+    scale = logit_scale(model)
+    return hidden_ND if scale == 1.0 else hidden_ND * scale
 
 
 @dataclass(frozen=True)
@@ -67,10 +87,9 @@ def token_logps(
         temperature: Logits are divided by it before the softmax, as when sampling.
         with_entropy: Also return the entropy of each prediction.
     """
-    hidden_PD = hidden_states(model, batch)
     head = model.get_output_embeddings()
     token_logp_N, entropy_N = token_logps_from_hidden(
-        hidden_PD[batch.source_N],
+        predicting_states(model, batch),
         head.weight,
         batch.label_N,
         head_bias_V=getattr(head, "bias", None),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline_lib.models.adapters import without_adapter
+from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.heads import head_of, load_scalar_model, scalar_at
-from pipeline_lib.models.logprobs import hidden_states
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.recipe import ParameterGroup
 from pipeline_lib.training.settings import TrainingSettings

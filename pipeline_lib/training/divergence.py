@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
-from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, hidden_states
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.reference import Reference
 
@@ -30,7 +30,7 @@ class ReferenceStates:
             head = model.get_output_embeddings()
             bias_V = getattr(head, "bias", None)
             return cls(
-                hidden_states(model, batch)[batch.source_N], head.weight.detach(),
+                predicting_states(model, batch), head.weight.detach(),
                 None if bias_V is None else bias_V.detach(),
             )  # fmt: skip
 
@@ -57,7 +57,7 @@ def token_logps_and_kl(policy: PreTrainedModel, reference: Reference, batch: Tre
         batch: The trees.
     """
     states = ReferenceStates.of(reference, batch)
-    hidden_ND = hidden_states(policy, batch)[batch.source_N]
+    hidden_ND = predicting_states(policy, batch)
     head = policy.get_output_embeddings()
     token_logp_N, _ = token_logps_from_hidden(
         hidden_ND, head.weight, batch.label_N, head_bias_V=getattr(head, "bias", None), chunk_tokens=HEAD_CHUNK_TOKENS

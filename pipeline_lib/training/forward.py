@@ -85,9 +85,9 @@ def noise_bound_BT(batch: TreeBatch, *, width: int, alpha: float) -> Tensor:
     lengths = [len(tree.prompt_ids) + max(map(len, tree.response_ids), default=0) for tree in batch.trees]
     rows, columns = batch.input_ids_BT.shape
     length_BT = torch.full((rows, columns), float(max(lengths)))
-    if rows > 1 or batch.attention_mask.ndim == 2:
+    if not batch.is_packed:
         # Padding is noisy too; nothing attends to it.
-        length_BT = batch.attention_mask.sum(-1, keepdim=True).clamp(min=1).float().expand(rows, columns)
+        length_BT = batch.token_mask_BT.sum(-1, keepdim=True).clamp(min=1).float().expand(rows, columns)
     else:
         own = [tree.num_tokens for tree in batch.trees]
         trunk = (sum(own) - columns) // max(1, len(own) - 1) if len(own) > 1 else 0

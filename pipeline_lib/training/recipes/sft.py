@@ -20,7 +20,7 @@ from pipeline_lib.losses.tokens import (
     smoothed_nll,
     token_logps_from_hidden,
 )
-from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, hidden_states, token_logps
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states, token_logps
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.divergence import ReferenceStates
@@ -137,7 +137,7 @@ class SftRecipe(OfflineRows):
         reference = None if self.kl is None else ReferenceStates.of(self.kl.reference, batch)
         head = model.get_output_embeddings()
         bias_V = getattr(head, "bias", None)
-        hidden_ND = hidden_states(model, batch)[batch.source_N]
+        hidden_ND = predicting_states(model, batch)
         logp_N, _ = token_logps_from_hidden(
             hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS
         )

@@ -28,8 +28,9 @@ from transformers import (
 
 from pipeline_lib.errors import ConfigError, IntegrityError
 from pipeline_lib.models.adapters import add_adapter, without_adapter
+from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.base import load_causal_model, save_model
-from pipeline_lib.models.logprobs import hidden_states, token_logps
+from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.sampling import SamplingSettings, sample
 from pipeline_lib.models.settings import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings
 from pipeline_lib.models.tiny import write_tiny_model

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    CohereConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,6 +19,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -27,15 +29,18 @@ from transformers import (
     Qwen3Config,
 )
 
+from pipeline_lib.errors import ConfigError
 from pipeline_lib.models import trees as trees_of_models
 from pipeline_lib.models.attention import TREE_ATTENTION
 from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.heads import head_of, init_head, scores
-from pipeline_lib.models.logprobs import token_logps
+from pipeline_lib.models.logprobs import require_plain_head, token_logps
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.models.virtual_tokens import fresh_tokens
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch, pack, pad
+
+torch.set_num_threads(1)  # models this small only lose by more, the more so on a busy machine
 
 VOCABULARY = 67
 WINDOW = 4
@@ -61,6 +66,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma3": Gemma3TextConfig(
         **SIZE, **HEADED, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
     ),
+    "granite": GraniteConfig(**SIZE, **GROUPED, logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5),
+    "cohere": CohereConfig(**SIZE, **GROUPED, logit_scale=0.25),
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=1,
         eos_token_id=2, pad_token_id=0,
@@ -285,6 +292,14 @@ def test_a_second_model_of_the_same_kind_is_not_tried_again(monkeypatch: pytest.
     assert supports_trees(second)
     assert second.config._attn_implementation == TREE_ATTENTION
     assert runs == []
+
+
+def test_logits_that_are_scaled_are_known_and_capped_ones_refused() -> None:
+    for kind in ("llama", "granite", "cohere", "gpt2"):
+        require_plain_head(make(CONFIGS[kind]))
+    capped = {**CONFIGS["gemma2"].to_dict(), "final_logit_softcapping": 0.5}
+    with pytest.raises(ConfigError, match="'gemma2' cap or otherwise change their logits"):
+        require_plain_head(make(Gemma2Config.from_dict(capped)))
 
 
 def test_bf16_models_pass_the_trial() -> None:
