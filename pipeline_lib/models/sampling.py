@@ -51,9 +51,10 @@ def sample(
     eos_id: int,
     pad_id: int,
     seed: int,
+    samples_per_prompt: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Sample]:
-    """Sample one response per prompt.
+    """Sample responses, one a prompt or several, which then share the prompt's keys and values.
 
     Args:
         model: In evaluation mode; the adapter in it, if any, as it is switched.
@@ -61,26 +62,29 @@ def sample(
         settings: Temperature, limits and batch size.
         eos_id: Token that ends a turn.
         pad_id: Token that fills the left; masked.
-        seed: The samples are a function of (seed, index of the prompt, prompt, model).
+        seed: The samples are a function of (seed, index of the sample, prompt, model).
+        samples_per_prompt: Samples of each prompt; `batch_size` counts samples.
         on_batch: Called with the number of prompts done after each batch.
 
     Returns:
-        One sample a prompt, in the order given.
+        The samples of the first prompt, then those of the next, in the order given.
     """
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    prompts_per_batch = max(1, settings.batch_size // samples_per_prompt)
     results: dict[int, Sample] = {}
-    for start in range(0, len(order), settings.batch_size):
-        members = order[start : start + settings.batch_size]
+    for start in range(0, len(order), prompts_per_batch):
+        members = order[start : start + prompts_per_batch]
+        places = [index * samples_per_prompt + k for index in members for k in range(samples_per_prompt)]
         ids_BT = _generate(
             model, [list(prompts[index]) for index in members], settings,
-            eos_id=eos_id, pad_id=pad_id, seeds=[derive_seed(seed, "sample", index) for index in members],
+            eos_id=eos_id, pad_id=pad_id, seeds=[derive_seed(seed, "sample", place) for place in places],
         )  # fmt: skip
-        for index, row in zip(members, ids_BT, strict=True):
+        for place, row in zip(places, ids_BT, strict=True):
             end = row.index(eos_id) + 1 if eos_id in row else len(row)
-            results[index] = Sample(tuple(row[:end]), eos_id in row)
+            results[place] = Sample(tuple(row[:end]), eos_id in row)
         if on_batch is not None:
-            on_batch(len(results))
-    return [results[index] for index in range(len(prompts))]
+            on_batch(len(results) // samples_per_prompt)
+    return [results[place] for place in range(len(prompts) * samples_per_prompt)]
 
 
 @torch.inference_mode()
@@ -93,7 +97,10 @@ def _generate(
     pad_id: int,
     seeds: list[int],
 ) -> list[list[int]]:
-    """Sample a batch; rows that have ended leave it, so the last long response costs one row."""
+    """Sample a batch; rows that have ended leave it, so the last long response costs one row.
+
+    There are as many seeds as samples: a prompt is computed once, and its state repeated for each of its samples.
+    """
     device = model.device
     shared = _common_prefix(prompts)
     own = [prompt[shared:] for prompt in prompts]
@@ -108,14 +115,19 @@ def _generate(
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     position_B = mask_BT.sum(-1)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-    generated: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    for _ in range(settings.max_new_tokens):
+    copies = len(seeds) // len(prompts)
+    generated: list[list[int]] = [[] for _ in seeds]
+    active = list(range(len(seeds)))
+    for step in range(settings.max_new_tokens):
         output = model(
             input_ids=input_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
-        token_B = _draw(output.logits[:, -1].float().cpu(), settings, [noise[row] for row in active])
+        logits_BV = output.logits[:, -1].float().cpu()
+        if step == 0 and copies > 1:
+            cache.batch_repeat_interleave(copies)
+            logits_BV, mask_BT, position_B = _repeated((logits_BV, mask_BT, position_B), copies)
+        token_B = _draw(logits_BV, settings, [noise[row] for row in active])
         for row, token in zip(active, token_B, strict=True):
             generated[row].append(token)
         going = [place for place, token in enumerate(token_B) if token != eos_id]
@@ -131,6 +143,11 @@ def _generate(
         positions_BT = position_B[:, None]
         position_B = position_B + 1
     return generated
+
+
+def _repeated(tensors: Sequence[Tensor], copies: int) -> list[Tensor]:
+    """Repeat every row, the copies of a row side by side."""
+    return [tensor.repeat_interleave(copies, dim=0) for tensor in tensors]
 
 
 def _common_prefix(prompts: list[list[int]]) -> int:

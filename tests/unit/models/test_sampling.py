@@ -24,9 +24,11 @@ def model() -> PreTrainedModel:
     return tiny_llama(seed=4, sharpness=8.0)
 
 
-def draw(model: PreTrainedModel, prompts: list[list[int]], *, seed: int = 5, **changes: float) -> list[Sample]:
+def draw(
+    model: PreTrainedModel, prompts: list[list[int]], *, seed: int = 5, copies: int = 1, **changes: float
+) -> list[Sample]:
     settings = SamplingSettings.model_validate({"max_new_tokens": 24, "batch_size": 4} | changes)
-    return sample(model, prompts, settings, eos_id=END, pad_id=PAD, seed=seed)
+    return sample(model, prompts, settings, eos_id=END, pad_id=PAD, seed=seed, samples_per_prompt=copies)
 
 
 def favour(model: PreTrainedModel, token: int, logit: float) -> PreTrainedModel:
@@ -72,6 +74,27 @@ def test_a_common_beginning_changes_nothing(model: PreTrainedModel) -> None:
 def test_one_prompt_may_be_the_beginning_of_another_or_equal_to_it(model: PreTrainedModel) -> None:
     prompts = [byte_ids("ab"), byte_ids("abcd"), byte_ids("ab"), byte_ids("a")]
     assert draw(model, prompts, batch_size=4) == draw(model, prompts, batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_several_samples_of_a_prompt_are_those_of_the_prompt_repeated(model: PreTrainedModel, batch_size: int) -> None:
+    repeated = [prompt for prompt in PROMPTS for _ in range(3)]
+    found = draw(model, PROMPTS, copies=3, batch_size=batch_size)
+    assert found == draw(model, repeated)
+    assert len({drawn.ids for drawn in found}) == len(repeated)
+
+
+def test_a_prompt_is_computed_once_for_all_its_samples(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    forward = type(model).forward
+
+    def counted(self: PreTrainedModel, *args: object, input_ids: torch.Tensor, **kwargs: object) -> object:
+        rows.append(len(input_ids))
+        return forward(self, *args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    draw(model, PROMPTS[:2], copies=5, batch_size=10, max_new_tokens=2)
+    assert rows == [2, 9]  # one of the ten ends at once
 
 
 def test_the_seed_and_the_row_decide(model: PreTrainedModel) -> None:
