@@ -116,7 +116,8 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
         config.promote, verdict_ref, services, _version_tags(config, dataset), return_state=True
     )
     promotion = promoted.result()
-    report = stage("report", ReportConfig(name=config.name), verdict=verdict_ref, dataset=dataset)
+    shown = ReportConfig(name=config.name, promotes=config.promote.enabled)
+    report = stage("report", shown, verdict=verdict_ref, dataset=dataset)
     return _finish(config, services, verdict_ref, promotion, report, rewards)
 
 

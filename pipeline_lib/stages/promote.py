@@ -28,6 +28,8 @@ _NAME = "^[a-z0-9][a-z0-9._-]{0,62}$"
 class PromoteConfig(Frozen):
     """Where a passing candidate goes."""
 
+    enabled: bool = True
+    """false: candidates are judged only; nothing is registered and no champion changes."""
     model_name: str = Field("prefline-demo", pattern=_NAME)
     """Name of the registered model."""
     alias: str = Field("champion", pattern=_NAME)
@@ -49,7 +51,7 @@ class Champion(Frozen):
 class Promotion(Frozen):
     """What a promotion did."""
 
-    status: Literal["promoted", "already_champion", "rejected", "revoked"]
+    status: Literal["promoted", "already_champion", "rejected", "revoked", "not_asked"]
     model_name: str
     alias: str
     version: str | None
@@ -110,6 +112,8 @@ def promote(
         TrackingError: The registry does not answer.
     """
     verdict = Verdict.model_validate(store.read_json(verdict_ref, "verdict.json"))
+    if not config.enabled:
+        return _nobody(config, "not_asked", f"promotion is off; the gate's choice is {verdict.winner or 'none'}", {})
     versions = {}
     for candidate in verdict.candidates:
         is_winner = candidate.name == verdict.winner
@@ -120,10 +124,7 @@ def promote(
         )  # fmt: skip
     if verdict.winner is None:
         failures = "; ".join(f"{c.name}: {_first_failure(c)}" for c in verdict.candidates)
-        return Promotion(
-            status="rejected", model_name=config.model_name, alias=config.alias, version=None, model=None,
-            reason=f"no candidate passed the gate: {failures}", versions=versions,
-        )  # fmt: skip
+        return _nobody(config, "rejected", f"no candidate passed the gate: {failures}", versions)
     winner = verdict.candidate(verdict.winner)
     kill_point("promote", "after_register")
     status = _move_pointer(config, winner, verdict, verdict_ref, store)
@@ -139,6 +140,15 @@ def promote(
     return Promotion(
         status=status, model_name=config.model_name, alias=config.alias, version=version, model=winner.model,
         reason=reasons[status], versions=versions,
+    )  # fmt: skip
+
+
+def _nobody(
+    config: PromoteConfig, status: Literal["rejected", "not_asked"], reason: str, versions: dict[str, str]
+) -> Promotion:
+    return Promotion(
+        status=status, model_name=config.model_name, alias=config.alias, version=None, model=None, reason=reason,
+        versions=versions,
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ class ReportConfig(Frozen):
 
     name: str
     """Name of the run."""
+    promotes: bool = True
+    """Whether the run promotes its winner."""
     sampled_prompts: int = Field(10, ge=0)
     """Held-out prompts shown with the answers of all models."""
 
@@ -24,7 +26,7 @@ def run(config: ReportConfig, inputs: Inputs, context: StageContext) -> StageOut
     """Write `report.html`; inputs `verdict` and `dataset`, output kind `report`."""
     page = build_report(
         context.store, verdict=inputs["verdict"], dataset=inputs["dataset"], name=config.name,
-        sampled_prompts=config.sampled_prompts,
+        sampled_prompts=config.sampled_prompts, promotes=config.promotes,
     )  # fmt: skip
     (context.workdir / "report.html").write_text(page, encoding="utf-8", newline="\n")
     return StageOutput("report", context.workdir, {"size_bytes": float(len(page.encode("utf-8")))})

@@ -91,6 +91,18 @@ class RunConfig(Frozen):
             raise ValueError(f"candidates.{taken[0]}: the name is taken; give the candidate another")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_promoted(self) -> Self:
+        trained = {"sft": self.sft, **self.all_candidates()}
+        adapters = {name: stage.adapter for name, stage in trained.items()}
+        tuned = [name for name, adapter in adapters.items() if adapter is not None and adapter.name == "prefix"]
+        if tuned and self.promote.enabled:
+            raise ValueError(
+                f"{tuned[0]}.adapter: a prefix-tuned model is no plain model, so the registry cannot serve it; "
+                "set promote.enabled: false to have it judged only, or use adapter.name: prompt"
+            )
+        return self
+
     def all_candidates(self) -> dict[str, Candidate]:
         """Return every candidate of the run by name, `dpo` and `ppo` first."""
         named = {"dpo": self.dpo, "ppo": self.ppo, **self.candidates}

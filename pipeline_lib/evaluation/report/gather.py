@@ -129,6 +129,7 @@ class ReportData:
     """Everything on the page."""
 
     name: str
+    promotes: bool
     verdict: Verdict
     lineage: Lineage
     funnels: tuple[Funnel, ...]
@@ -145,7 +146,7 @@ class ReportData:
 
 
 def gather(
-    store: ArtifactStore, *, verdict: ArtifactRef, dataset: ArtifactRef, name: str, sampled_prompts: int
+    store: ArtifactStore, *, verdict: ArtifactRef, dataset: ArtifactRef, name: str, sampled_prompts: int, promotes: bool
 ) -> ReportData:
     """Read all that the page shows.
 
@@ -155,6 +156,7 @@ def gather(
         dataset: The dataset that the stages trained on.
         name: The run's name.
         sampled_prompts: Held-out prompts to show with all answers.
+        promotes: Whether the run promotes its winner.
 
     Raises:
         PipelineError: Of the store, where an artifact is missing or damaged.
@@ -166,6 +168,7 @@ def gather(
     ppo = [node for node in lineage.own if node.stage == "ppo" and node.has("metrics.jsonl")]
     return ReportData(
         name=name,
+        promotes=promotes,
         verdict=Verdict.model_validate(store.read_json(verdict, "verdict.json")),
         lineage=lineage,
         funnels=tuple(_funnel(store, node) for node in lineage.own if node.has("funnel.json")),

@@ -27,7 +27,13 @@ _EXCERPT_CHARACTERS = 200
 
 
 def build_report(
-    store: ArtifactStore, *, verdict: ArtifactRef, dataset: ArtifactRef, name: str, sampled_prompts: int
+    store: ArtifactStore,
+    *,
+    verdict: ArtifactRef,
+    dataset: ArtifactRef,
+    name: str,
+    sampled_prompts: int,
+    promotes: bool = True,
 ) -> str:
     """Build the report of a run as one HTML page that needs no other file and no network.
 
@@ -39,6 +45,7 @@ def build_report(
         dataset: The dataset that the run's stages used.
         name: The run's name.
         sampled_prompts: Held-out prompts to show with all answers.
+        promotes: Whether the run promotes its winner.
 
     Returns:
         The page. All text out of artifacts is escaped.
@@ -46,7 +53,9 @@ def build_report(
     Raises:
         PipelineError: An artifact cannot be read.
     """
-    data = gather(store, verdict=verdict, dataset=dataset, name=name, sampled_prompts=sampled_prompts)
+    data = gather(
+        store, verdict=verdict, dataset=dataset, name=name, sampled_prompts=sampled_prompts, promotes=promotes
+    )
     template = _environment().get_template("page.html")
     return template.render(_context(data, verdict)) + "\n"
 
@@ -81,7 +90,7 @@ def _context(data: ReportData, verdict: ArtifactRef) -> dict[str, Any]:
         "created_at": _minute(data.lineage[verdict].manifest.created_at),
         "verdict_ref": verdict,
         "contents": [(anchor, title) for anchor, title in _SECTIONS.items() if shown.get(anchor, True)],
-        "decision": views.decision(data.verdict),
+        "decision": views.decision(data.verdict, promotes=data.promotes),
         "tiles": views.verdict_tiles(data.verdict, comparison),
         "candidates": views.candidate_views(data.verdict),
         "selected_by": views.selected_by(data.verdict),

@@ -90,8 +90,8 @@ class StageCurves:
     charts: tuple[Curve, ...]
 
 
-def decision(verdict: Verdict) -> Decision:
-    """Say who won and why, or why nobody did."""
+def decision(verdict: Verdict, *, promotes: bool = True) -> Decision:
+    """Say who won and why, or why nobody did; with promotion off, the winner is only said to be the best."""
     others = [candidate for candidate in verdict.candidates if candidate.name != verdict.winner]
     if verdict.winner is None:
         failed = [_why_not(candidate) for candidate in others]
@@ -106,6 +106,8 @@ def decision(verdict: Verdict) -> Decision:
         reason += f" and ranks before {_listed(passed)}"
     if failed:
         reason += f"; {_listed(failed)} did not pass"
+    if not promotes:
+        return Decision(f"Best: {winner.name}", f"{reason}. Promotion is off in this run.")
     headline = "{} stays champion" if verdict.champion == winner.model else "Promoted: {}"
     return Decision(headline.format(winner.name), f"{reason}. {_replaces(verdict, winner)}")
 

@@ -70,9 +70,9 @@ class Bench:
         (directory / "verdict.json").write_text(verdict.model_dump_json())
         return self.commit(directory, "verdict")
 
-    def promote(self, verdict: ArtifactRef) -> Promotion:
+    def promote(self, verdict: ArtifactRef, config: PromoteConfig = CONFIG) -> Promotion:
         return promote(
-            CONFIG, verdict, store=self.store, registry=self.registry, cache=self.tmp_path / "cache-models",
+            config, verdict, store=self.store, registry=self.registry, cache=self.tmp_path / "cache-models",
             run_id=None, tags={"prefline.run": "test"},
         )  # fmt: skip
 
@@ -109,6 +109,15 @@ def test_a_winner_is_registered_promoted_and_answers(bench: Bench) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_with_promotion_off_nothing_is_registered(bench: Bench) -> None:
+    model = bench.model(0)
+    verdict = bench.verdict({"dpo": (model, True)}, winner="dpo", champion=None)
+    promotion = bench.promote(verdict, config=CONFIG.model_copy(update={"enabled": False}))
+    assert (promotion.status, promotion.version, promotion.versions) == ("not_asked", None, {})
+    assert promotion.reason == "promotion is off; the gate's choice is dpo"
+    assert read_champion(bench.store, "tiny") is None
+
+
 def test_the_incumbent_of_a_repeated_run_is_the_model_it_replaced(bench: Bench) -> None:
     old, new = bench.model(1), bench.model(2)
     assert incumbent(bench.store, "tiny", [new]) is None

@@ -10,6 +10,7 @@ import pytest
 from pipeline_lib.config import PRESETS, load
 from pipeline_lib.data.place import LocalPlaces
 from pipeline_lib.data.sources.jsonl import Jsonl
+from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.schema import Record
 from pipeline_lib.stages.preference import PreferenceConfig
@@ -38,17 +39,23 @@ def real_rows(name: str, count: int) -> list[Record]:
 
 
 def candidate_of(config: RunConfig) -> PreferenceConfig | None:
-    """The preset's candidate, where it is one of the preference stage."""
-    (candidate,) = config.all_candidates().values()
+    """The preset's own candidate, where it is one of the preference stage."""
+    candidate = config.candidates.get(config.name)
     return candidate if isinstance(candidate, PreferenceConfig) else None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_preset_loads_and_has_one_candidate(method: str) -> None:
+def test_every_preset_loads_and_has_a_candidate(method: str) -> None:
     config = load(PRESETS / "methods" / f"{method}.yaml", RunConfig).value
     assert config.name == method
-    assert len(config.all_candidates()) == 1
+    assert config.all_candidates()
     assert config.promote.model_name == f"prefline-{method}"
+
+
+def test_what_the_registry_cannot_serve_is_refused_before_anything_runs() -> None:
+    for place in ("sft", "candidates.prefix-tuning"):
+        with pytest.raises(ConfigError, match=r"prefix-tuned model is no plain model.*promote\.enabled: false"):
+            load(PRESETS / "methods" / "prefix-tuning.yaml", RunConfig, ["promote.enabled=true", f"{place}.seed=1"])
 
 
 def test_every_loss_has_a_preset() -> None:
