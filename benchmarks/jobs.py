@@ -74,16 +74,14 @@ class Preset(Frozen):
     """Paired runs, interleaved; the median counts."""
     pack_tokens: int
     """Tokens of TRL's packed sequences."""
-    peer_rows: int
-    """Rows of one of TRL's forwards; a step is as many as it takes."""
 
 
 PRESETS: dict[str, Preset] = {
     "smollm2": Preset(
-        model="smollm2-135m-instruct", rows_per_step=8, steps=8, runs=3, pack_tokens=1024, peer_rows=8
+        model="smollm2-135m-instruct", rows_per_step=8, steps=8, runs=3, pack_tokens=1024
     ),
-    "tiny": Preset(model="tiny-random", rows_per_step=8, steps=4, runs=2, pack_tokens=1024, peer_rows=8),
-    "llama-1b": Preset(model="llama-1b", rows_per_step=32, steps=12, runs=3, pack_tokens=4096, peer_rows=8),
+    "tiny": Preset(model="tiny-random", rows_per_step=8, steps=4, runs=2, pack_tokens=1024),
+    "llama-1b": Preset(model="llama-1b", rows_per_step=32, steps=12, runs=3, pack_tokens=4096),
 }  # fmt: skip
 
 
@@ -99,7 +97,8 @@ class Options(Frozen):
     steps: int
     runs: int
     pack_tokens: int
-    peer_rows: int
+    peer_rows: int | None = None
+    """Rows of one of TRL's forwards; None: the fastest of some, tried out before it is measured."""
     tokens_per_batch: int | None = None
     """Tokens of one of our forwards; None: the stage's own default."""
     gradient_checkpointing: bool = False

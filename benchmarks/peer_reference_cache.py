@@ -22,6 +22,8 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.same import SWEPT_BETAS
 
+_SWEEP_ROWS = 4
+"""Rows of a scoring forward."""
 _ROWS = "".join(
     json.dumps(
         {
@@ -43,7 +45,11 @@ def main() -> None:
             plan = json.loads(Path(rest[0]).read_text())
             torch.set_num_threads(plan["options"]["threads"])
             rows = (Path(plan["folder"]) / "texts.jsonl").read_text()
-            sweep = _Sweep(model, Path(scratch) / "betas", rows, batch_size=plan["options"]["peer_rows"])
+            dtype = json.loads((Path(plan["folder"]) / "facts.json").read_text())["dtype"]
+            sweep = _Sweep(
+                model, Path(scratch) / "betas", rows, batch_size=plan["options"]["peer_rows"] or _SWEEP_ROWS,
+                dtype=getattr(torch, dtype), is_on_cpu=plan["options"]["device"] == "cpu",
+            )  # fmt: skip
             found = {"betas": [sweep.make(beta=beta, adapter=True) for beta in SWEPT_BETAS]}
         else:
             torch.set_num_threads(1)
@@ -67,8 +73,12 @@ def _sweeps(model: str, scratch: Path) -> dict[str, list[dict[str, Any]]]:
 class _Sweep:
     """Trainers over one data set, whose cache they share."""
 
-    def __init__(self, model: str, folder: Path, rows: str, *, batch_size: int) -> None:
+    def __init__(
+        self, model: str, folder: Path, rows: str, *, batch_size: int, dtype: torch.dtype = torch.float32,
+        is_on_cpu: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self.folder, self.batch_size = model, folder, batch_size
+        self.dtype, self.is_on_cpu = dtype, is_on_cpu
         folder.mkdir()
         (folder / "rows.jsonl").write_text(rows)
         # Only rows that come out of a file have a cache at all.
@@ -98,11 +108,11 @@ class _Sweep:
             args = DPOConfig(
                 output_dir=str(self.folder / output), beta=beta, seed=seed, ld_alpha=ld_alpha, max_length=max_length,
                 precompute_ref_log_probs=True, per_device_train_batch_size=self.batch_size,
-                bf16=False, use_cpu=True,
+                bf16=self.dtype == torch.bfloat16, use_cpu=self.is_on_cpu,
                 report_to="none", disable_tqdm=True,
             )  # fmt: skip
             trainer = DPOTrainer(
-                AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, local_files_only=True),
+                AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, local_files_only=True),
                 args=args, train_dataset=self.rows, processing_class=tokenizer,
                 peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None,
             )  # fmt: skip

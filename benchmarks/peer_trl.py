@@ -173,7 +173,7 @@ def _settings(
 ) -> tuple[int, dict[str, Any]]:
     """Return rows of a forward, and the training arguments that all jobs share."""
     options = plan["options"]
-    per_forward = min(rows_per_step, rows_per_forward or options["peer_rows"])
+    per_forward = min(rows_per_step, rows_per_forward or options["peer_rows"] or rows_per_step)
     assert rows_per_step % per_forward == 0, "an update must be a whole number of forwards"
     is_bf16 = facts["dtype"] == "bfloat16"
     return per_forward, {

@@ -32,6 +32,8 @@ WORK = ROOT / ".prefline-bench"
 PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
 
 SWEEP = "sweep"
+TRIED_STEPS = 3
+"""Updates by which TRL's rows of a forward are chosen."""
 
 logger = logging.getLogger("benchmarks")
 
@@ -45,13 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         preset=chosen.preset, trainable=chosen.trainable, precision=chosen.precision, device=chosen.device,
         threads=chosen.threads, rows_per_step=chosen.rows or preset.rows_per_step, steps=chosen.steps or preset.steps,
         runs=chosen.runs or preset.runs, pack_tokens=chosen.pack_tokens or preset.pack_tokens,
-        peer_rows=chosen.peer_rows or preset.peer_rows, tokens_per_batch=chosen.tokens_per_batch,
+        peer_rows=chosen.peer_rows, tokens_per_batch=chosen.tokens_per_batch,
         gradient_checkpointing=chosen.gradient_checkpointing,
     )  # fmt: skip
     # Of the tiny model nothing is kept: it shows that the harness works, not how fast anything is.
     is_kept = chosen.preset != "tiny"
     results, page = (RESULTS, PAGE) if is_kept else (WORK / "results", WORK / "performance.md")
     results.mkdir(parents=True, exist_ok=True)
+    write_page(results, page)  # a page without its markers is told now, not in an hour
     for name in chosen.jobs or [*JOBS, SWEEP]:
         with _store():
             result = (
@@ -86,6 +89,9 @@ def measure(name: JobName, options: Options, *, peer_python: Path) -> Result:
         peer_python: Python of the environment that TRL is installed in.
     """
     plan, facts = _prepared(name, options)
+    if JOBS[name].other == "peer" and name != "sft" and options.peer_rows is None:
+        options = options.model_copy(update={"peer_rows": _fastest_rows(plan, peer_python)})
+        plan = plan.model_copy(update={"options": options})
     sides: tuple[Side, Side] = ("ours", JOBS[name].other)
     runs: dict[Side, list[Measured]] = {side: [] for side in sides}
     for number in range(options.runs):
@@ -110,6 +116,23 @@ def measure(name: JobName, options: Options, *, peer_python: Path) -> Result:
     for problem in problems:
         logger.warning("%s does not count: %s", name, problem)
     return result.model_copy(update={"problems": problems})
+
+
+def _fastest_rows(plan: Plan, peer_python: Path) -> int:
+    """Return the rows of a forward with which TRL takes least time for a few updates."""
+    rows = plan.options.rows_per_step
+    seconds: dict[int, float] = {}
+    for number in sorted({max(1, rows // 4), max(1, rows // 2), rows}):
+        if rows % number == 0:
+            few = {"peer_rows": number, "steps": min(TRIED_STEPS, plan.options.steps)}
+            tried = plan.model_copy(update={"side": "peer", "options": plan.options.model_copy(update=few)})
+            _run(tried, str(peer_python), ["-m", "benchmarks.peer_trl"])
+            measured = Measured.model_validate_json(plan.output.read_bytes())
+            seconds[number] = measured.timed_s
+            logger.info(
+                "TRL with %d rows a forward: %.1f s, %.2f GiB", number, measured.timed_s, measured.peak_bytes / 2**30
+            )
+    return min(seconds, key=lambda number: seconds[number])
 
 
 def measure_sweep(options: Options, *, peer_python: Path) -> SweepResult:
@@ -148,17 +171,25 @@ def _run(plan: Plan, python: str, module: list[str]) -> None:
     subprocess.run([python, *module, str(path)], cwd=ROOT, env=environment, check=True)
 
 
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in (*JOBS, SWEEP)]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no job {', '.join(unknown)}; there are {', '.join([*JOBS, SWEEP])}")
+    return names
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Prefline and TRL side by side.")
     parser.add_argument("--preset", choices=list(PRESETS), default="smollm2")
-    parser.add_argument("--jobs", type=lambda text: text.split(","), help=f"of {', '.join([*JOBS, SWEEP])}; all")
+    parser.add_argument("--jobs", type=_names, help=f"of {', '.join([*JOBS, SWEEP])}; all")
     parser.add_argument("--trainable", choices=["lora", "full"], default="lora")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     for name, what in (
         ("rows", "rows of an update"), ("steps", "updates, the first untimed"), ("runs", "paired runs"),
-        ("pack-tokens", "length of TRL's packed sequences"), ("peer-rows", "rows of one of TRL's forwards"),
+        ("pack-tokens", "length of TRL's packed sequences"), ("peer-rows", "rows of one of TRL's forwards; tried out"),
         ("tokens-per-batch", "tokens of one of our forwards"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, help=what)

@@ -105,10 +105,14 @@ class Workbench:
             )  # fmt: skip
             output = spec.run(parsed, inputs, context)
             assert isinstance(output, StageOutput)
-            return self.commit(workdir, kind=output.kind)
+            return self.store.commit(
+                workdir, kind=output.kind, stage=spec.name, stage_version=spec.version,
+                config=parsed.model_dump(mode="json"), inputs=inputs, metrics=output.metrics, measurements={},
+                stage_key=None,
+            )  # fmt: skip
 
     def commit(self, directory: Path, *, kind: str) -> ArtifactRef:
-        """Commit a directory as an artifact that no stage key leads to."""
+        """Commit a directory of the benchmark's own making."""
         return self.store.commit(
             directory, kind=kind, stage="benchmark", stage_version=1, config={}, inputs={}, metrics={},
             measurements={}, stage_key=None,

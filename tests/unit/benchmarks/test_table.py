@@ -15,7 +15,7 @@ from benchmarks.sweep import SweepResult
 from benchmarks.table import BEGIN, END, render, write_page
 
 ROOT = Path(__file__).resolve().parents[3]
-OPTIONS = Options(preset="tiny", threads=2, rows_per_step=8, steps=3, runs=1, pack_tokens=64, peer_rows=8)
+OPTIONS = Options(preset="tiny", threads=2, rows_per_step=8, steps=3, runs=1, pack_tokens=64)
 
 
 def measured(side: str = "ours", **changed: Any) -> Measured:
