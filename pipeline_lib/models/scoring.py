@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pipeline_lib.models.adapters import in_evaluation_mode
 from pipeline_lib.models.heads import scores
 from pipeline_lib.models.logprobs import token_logps
+from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch, bins, pack, pad
 
@@ -21,7 +22,7 @@ class Layout:
     """How trees become forwards."""
 
     is_packed: bool
-    """True: prompt trees in one row; False: one padded row a response."""
+    """True: prompt trees in one row, for the models that take them; False: one padded row a response."""
     pad_id: int
     tokens_per_batch: int
     """Tokens of one forward, at most."""
@@ -61,6 +62,8 @@ def _by_record(
     on_batch: Callable[[int], None] | None,
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
+    if layout.is_packed and not supports_trees(model):
+        layout = replace(layout, is_packed=False)
     for batch in layout.batches(trees):
         with torch.no_grad(), in_evaluation_mode(model):
             flat = figure_of(batch.to(model.device)).tolist()

@@ -1,4 +1,7 @@
-"""Can a model run packed prompt trees? Tried out, not listed: a model that fails gets padded rows."""
+"""Can a model run packed prompt trees? Tried out, not listed: a model that fails gets padded rows.
+
+Legend: P flat positions, D width.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline_lib.models.attention import TREE_ATTENTION, register_tree_attention
-from pipeline_lib.models.backbone import hidden_states
+from pipeline_lib.models.attention import TREE_ATTENTION, TreeMasks, register_tree_attention
 from pipeline_lib.text.encode import Tree
-from pipeline_lib.text.pack import pack, pad
+from pipeline_lib.text.pack import TreeBatch, pack, pad
 
 _log = logging.getLogger(__name__)
 
@@ -32,13 +34,15 @@ class Verdict:
 
     takes_trees: bool
     finding: str
+    is_sure: bool = True
+    """False where the model's weights give no figures to compare."""
 
 
 _VERDICTS: dict[tuple[str, torch.dtype, str], Verdict] = {}
 """By configuration, number format and device type: a process tries each architecture once."""
 
 
-def supports_trees(model: PreTrainedModel, *, log: Callable[[str], None] = _log.info) -> bool:
+def supports_trees(model: PreTrainedModel, *, log: Callable[[str], None] = _log.warning) -> bool:
     """Tell whether a model takes packed prompt trees; if so, give it the attention for them.
 
     Two trees of two responses with one beginning run packed and padded; the hidden states from
@@ -48,15 +52,35 @@ def supports_trees(model: PreTrainedModel, *, log: Callable[[str], None] = _log.
         model: A model with a backbone; its weights and its mode stay as they are.
         log: Where a fallback to padded rows is said, in one line.
     """
+    if model.config._attn_implementation == TREE_ATTENTION:
+        return True
     key = (_fingerprint(model), model.dtype, model.device.type)
     verdict = _VERDICTS.get(key)
     if verdict is None:
-        verdict = _VERDICTS[key] = _try_out(model)
+        verdict = _try_out(model)
+        if verdict.is_sure:
+            _VERDICTS[key] = verdict
         if not verdict.takes_trees:
             log(f"models of type {model.config.model_type!r} get padded rows, not packed trees: {verdict.finding}")
     elif verdict.takes_trees:
         _give_tree_attention(model)
     return verdict.takes_trees
+
+
+def run_backbone(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
+    """Return the backbone's output, `(P, D)`, over padded rows, or over trees where it has our attention."""
+    backbone: nn.Module = model.base_model
+    if batch.visibility is None:
+        masks: dict[str, object] = {"attention_mask": batch.token_mask_BT.long()}
+    else:
+        # A mask of one element only says that there is none to make.
+        placeholder = batch.input_ids_BT.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        masks = {"attention_mask": placeholder, "tree_masks": TreeMasks(batch.visibility)}
+    output = backbone(
+        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False, **masks
+    )  # fmt: skip
+    hidden: Tensor = output.last_hidden_state
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
@@ -80,6 +104,9 @@ def _try_out(model: PreTrainedModel) -> Verdict:
         _set_attention(model, before)
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return Verdict(takes_trees=False, finding=first_line)
+    if not bool(padded.isfinite().all()):
+        # Broken weights say nothing of the architecture, and are found by name where they are trained.
+        return Verdict(takes_trees=True, finding="the hidden states are not finite", is_sure=False)
     scale = float(padded.abs().max())
     apart = max(float((packed - padded).abs().max()), float((again - padded).abs().max())) / max(scale, 1e-30)
     tolerance = _TOLERANCES.get(model.dtype, _COARSE_TOLERANCE)
@@ -101,7 +128,7 @@ def _predicting_states(model: PreTrainedModel, *, is_packed: bool) -> Tensor:
         Tree("1", (*shared, *ids(10)), (ids(11, 4), ids(5, 12, 6, 2, 7)), (False,) * 4),
     ]
     batch = (pack(trees) if is_packed else pad(trees, pad_id=0)).to(model.device)
-    return hidden_states(model, batch)[torch.cat((batch.source_N, batch.last_R))].double()
+    return run_backbone(model, batch)[torch.cat((batch.source_N, batch.last_R))].double()
 
 
 def _give_tree_attention(model: PreTrainedModel) -> bool:

@@ -122,7 +122,7 @@ def _figures(
     plain = [replace(tree, prompt_counts=(False,) * len(tree.prompt_ids)) for tree in trees]
     answers = [replace(tree, response_ids=(drawn.ids,)) for tree, drawn in zip(plain, samples, strict=True)]
     both = [replace(t, response_ids=(*t.response_ids, *a.response_ids)) for t, a in zip(plain, answers, strict=True)]
-    layout = Layout(supports_trees(model), pad_id, config.tokens_per_batch)
+    layout = Layout(supports_trees(model, log=context.log), pad_id, config.tokens_per_batch)
     own = response_logps(model, both, layout)
     if inputs["reference_model"] == inputs["model"]:
         reference = {key: values[-1:] for key, values in own.items()}

@@ -81,7 +81,7 @@ def run(config: ReferenceLogpsConfig, inputs: Inputs, context: StageContext) -> 
                 stage.stop_as_asked(f"after {len(found)} of {len(trees)} rows")
             if model is None:
                 model = load_causal_model(directory, dtype=dtype).to(default_device())
-            layout = Layout(supports_trees(model), chat.pad_id, _TOKENS_PER_FORWARD)
+            layout = Layout(supports_trees(model, log=context.log), chat.pad_id, _TOKENS_PER_FORWARD)
             by_id = response_logps(model, part, layout)
             logps = [by_id[tree.record_id] for tree in part]
             _keep(context, key, model_key, logps)

@@ -53,13 +53,6 @@ class TreeBatch:
         """True: one row of prompt trees; False: a row per response."""
         return self.visibility is not None
 
-    @cached_property
-    def attention_mask(self) -> Tensor:
-        """The mask in its plain form: packed, bool `(1, 1, T, T)`, made now; padded, 0 or 1, `(B, T)`."""
-        if self.visibility is None:
-            return self.token_mask_BT.long()
-        return self.visibility.dense()[None, None]
-
     @property
     def num_responses(self) -> int:
         """R, over all trees, in tree order."""

@@ -123,7 +123,6 @@ class Visibility:
         new_branch_T[1:] |= self.branch_T[1:] != self.branch_T[:-1]
         tree_start_T = torch.where(new_tree_T, place_T, 0).cummax(0).values
         branch_start_T = torch.where(new_branch_T, place_T, 0).cummax(0).values
-        # The prompt of a tree ends where its position counting stops running along with the places.
         prompt_length_T = torch.zeros(len(self.sizes), dtype=torch.long, device=place_T.device)
         prompt_length_T = prompt_length_T.index_add(0, self.tree_T - TRUNK, is_prompt_T.long())[self.tree_T - TRUNK]
         prompt_end_T = torch.where(is_prompt_T, place_T + 1, tree_start_T + prompt_length_T)

@@ -181,7 +181,7 @@ def test_every_response_token_counts_exactly_once(trees: list[Tree]) -> None:
 def test_padded_rows_say_what_they_hold(trees: list[Tree]) -> None:
     batch = pad(trees, pad_id=0)
     rows = [(*tree.prompt_ids, *branch) for tree in trees for branch in tree.response_ids]
-    for row, mask, whole in zip(batch.input_ids_BT.tolist(), batch.attention_mask.tolist(), rows, strict=True):
+    for row, mask, whole in zip(batch.input_ids_BT.tolist(), batch.token_mask_BT.int().tolist(), rows, strict=True):
         assert tuple(row[: len(whole)]) == whole
         assert mask == [1] * len(whole) + [0] * (len(row) - len(whole))
         assert not any(row[len(whole) :])
@@ -191,7 +191,8 @@ def test_padded_rows_say_what_they_hold(trees: list[Tree]) -> None:
 @settings(max_examples=100, deadline=None)
 def test_a_packed_position_sees_its_own_text_and_nothing_else(trees: list[Tree]) -> None:
     batch = pack(trees)
-    seen_TT = batch.attention_mask[0, 0]
+    assert batch.visibility is not None
+    seen_TT = batch.visibility.dense()
     ids_T, positions_T = batch.input_ids_BT[0], batch.position_ids_BT[0]
     response = 0
     for tree in trees:

@@ -35,6 +35,7 @@ from pipeline_lib.models.attention import TREE_ATTENTION
 from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.heads import head_of, init_head, scores
 from pipeline_lib.models.logprobs import require_plain_head, token_logps
+from pipeline_lib.models.scoring import Layout, response_logps
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.models.virtual_tokens import fresh_tokens
 from pipeline_lib.text.encode import Tree
@@ -287,7 +288,7 @@ def test_a_second_model_of_the_same_kind_is_not_tried_again(monkeypatch: pytest.
     trees_of_models._VERDICTS.clear()
     assert supports_trees(make(CONFIGS["llama"]))
     runs: list[TreeBatch] = []
-    monkeypatch.setattr(trees_of_models, "hidden_states", lambda model, batch: runs.append(batch))
+    monkeypatch.setattr(trees_of_models, "run_backbone", lambda model, batch: runs.append(batch))
     second = make(CONFIGS["llama"], seed=9)
     assert supports_trees(second)
     assert second.config._attn_implementation == TREE_ATTENTION
@@ -302,19 +303,36 @@ def test_logits_that_are_scaled_are_known_and_capped_ones_refused() -> None:
         require_plain_head(make(Gemma2Config.from_dict(capped)))
 
 
+def test_broken_weights_say_nothing_of_the_architecture() -> None:
+    trees_of_models._VERDICTS.clear()
+    broken = make(CONFIGS["llama"])
+    with torch.no_grad():
+        broken.base_model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    assert supports_trees(broken)
+    assert trees_of_models._VERDICTS == {}
+
+
 def test_bf16_models_pass_the_trial() -> None:
     for kind in ("llama", "gpt2", "gemma2"):
         assert supports_trees(make(CONFIGS[kind]).to(torch.bfloat16)), kind
 
 
-def test_a_model_with_its_own_attention_gets_the_mask_in_its_form() -> None:
+def test_models_loaded_beside_a_packed_one_take_trees_by_themselves() -> None:
     rows = FORESTS["K = 1 to 4, one beginning"]
-    for implementation in ("sdpa", "eager"):
-        model = make(CONFIGS["llama"])
-        model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            packed = hidden_states(model, pack(rows))
-            expected_N = one_by_one(model, rows)
-            found_N = token_logps(model, pack(rows)).token_logp_N
-        assert packed.shape == (pack(rows).input_ids_BT.numel(), 32)
-        torch.testing.assert_close(found_N, expected_N, rtol=0, atol=1e-5)
+    model = make(CONFIGS["mistral with a window"])
+    with torch.no_grad():
+        expected_N = one_by_one(model, rows)
+        assert hidden_states(model, pack(rows)).shape == (pack(rows).input_ids_BT.numel(), 32)
+        torch.testing.assert_close(token_logps(model, pack(rows)).token_logp_N, expected_N, rtol=0, atol=1e-5)
+
+
+def test_scoring_pads_for_a_model_that_cannot_and_a_packed_batch_is_refused() -> None:
+    rows = FORESTS["nothing shared"]
+    model = make(UNFIT["bloom"][0])
+    found = response_logps(model, rows, Layout(is_packed=True, pad_id=0, tokens_per_batch=64))
+    with torch.no_grad():
+        expected_N = one_by_one(model, rows)
+    expected_R = pad(rows, pad_id=0).sum_by_response(expected_N)
+    assert [logp for row in rows for logp in found[row.record_id]] == pytest.approx(expected_R.tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match="'bloom' model takes padded rows"):
+        hidden_states(model, pack(rows))

@@ -119,7 +119,7 @@ def test_no_square_mask_is_made_unless_asked_for(monkeypatch: pytest.MonkeyPatch
     blocks = batch.visibility.blocks(block_size=128)
     assert blocks.some_QK.shape == (63, 63)
     assert made == []
-    assert batch.attention_mask.shape == (1, 1, 8008, 8008)
+    assert batch.visibility.dense().shape == (8008, 8008)
     assert len(made) == 1
 
 
@@ -127,7 +127,7 @@ def test_a_padded_batch_says_which_places_are_tokens() -> None:
     batch = pad([short_tree("a", [3, 4], [5], [6, 7, 8])], pad_id=0)
     assert not batch.is_packed
     assert batch.visibility is None
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.token_mask_BT.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch.token_mask_BT.dtype == torch.bool
 
 
