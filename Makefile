@@ -30,8 +30,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup ## Run the whole pipeline (PRESET=smoke: a tiny random model, a minute)
 	$(BIN)/prefline run configs/$(PRESET).yaml
 
-test: setup ## Run the whole test suite
-	$(BIN)/python -m pytest
+test: setup ## Run the whole test suite, a process a core
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: setup ## Format, lint, types, layers: what must hold before a commit
 	$(BIN)/ruff format --check .
