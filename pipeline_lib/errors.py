@@ -125,6 +125,12 @@ class ResumeMismatchError(PipelineError):
     code, exit_code = "E_RESUME_MISMATCH", 32
 
 
+class RewardError(PipelineError):
+    """A reward source could not score a response: its program failed, hung or gave no number."""
+
+    code, exit_code = "E_REWARD", 33
+
+
 class PrefectUnavailableError(PipelineError):
     """The Prefect server does not answer."""
 
