@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,13 +30,25 @@ def mlflow_pages(settings: TrackingSettings, home: Path, *, port: int) -> Iterat
     ]  # fmt: skip
     if settings.artifact_root is not None:
         command += ["--artifacts-destination", settings.artifact_root]
+    # Its job workers have no use here; what it does start is a group of its own and ends as one.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (home / "logs" / "mlflow.log").open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
-        process.wait(20)
+        end_group(process)
+
+
+def end_group(process: subprocess.Popen[bytes], *, grace_s: float = 20.0) -> None:
+    """Ask a process and all that it started to end, and end what is left."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
 
 
 def environment_of(home: Path) -> dict[str, str]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.pages import end_group
+
 PRESETS = ("smoke", "demo", "hh-rlhf")
 """Configurations that a form starts out with."""
 
@@ -21,17 +23,12 @@ def served_presets(home: Path) -> Iterator[None]:
     with (home / "logs" / "served.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.served", str(home.absolute())],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         yield
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_group(process)
 
 
 def main(home: str) -> None:
