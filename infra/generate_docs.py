@@ -26,6 +26,7 @@ from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.registry import Table
 from pipeline_lib.stages.run_config import RunConfig
+from pipeline_lib.training.rewards import REWARD_SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOTE = "<!-- Written by `make docs` from the code. Change the code, not this page. -->"
@@ -54,6 +55,7 @@ _PLUGINS = (
     ("Filter rules", "filter.rules", FILTERS),
     ("Preference losses", "dpo.loss", PREFERENCE_LOSSES),
     ("Reward losses", "reward.loss", REWARD_LOSSES),
+    ("Reward sources", "ppo.rewards.parts", REWARD_SOURCES),
     ("Gate metrics", "gate.policy.rules[].metric", GATE_METRICS),
 )
 

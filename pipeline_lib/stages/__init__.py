@@ -72,6 +72,7 @@ def plugin_tables() -> dict[str, Table]:
         "filters": "pipeline_lib.data.filters:FILTERS",
         "losses": "pipeline_lib.losses.preference:PREFERENCE_LOSSES",
         "reward-losses": "pipeline_lib.losses.reward:REWARD_LOSSES",
+        "rewards": "pipeline_lib.training.rewards:REWARD_SOURCES",
         "gate-metrics": "pipeline_lib.evaluation.gate_metrics:GATE_METRICS",
     }
     tables: dict[str, Table] = {}

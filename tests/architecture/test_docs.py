@@ -30,10 +30,11 @@ from pipeline_lib.registry import Table
 from pipeline_lib.schema import ExampleResult, Message, Origin, Record, Response
 from pipeline_lib.stages import STAGES
 from pipeline_lib.stages.run_config import RunConfig
+from pipeline_lib.training.rewards import REWARD_SOURCES
 from pipeline_lib.validation import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = [SOURCES, FILTERS, PREFERENCE_LOSSES, REWARD_LOSSES, GATE_METRICS]
+TABLES = [SOURCES, FILTERS, PREFERENCE_LOSSES, REWARD_LOSSES, REWARD_SOURCES, GATE_METRICS]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 GATES = sorted((ROOT / "configs" / "gates").glob("*.yaml"))
@@ -182,7 +183,7 @@ def public_names(tree: ast.Module) -> list[ast.ClassDef | ast.FunctionDef | ast.
 # The guides of docs/adding are run: each adds the plug-in it shows, to a table of its own.
 
 GUIDES = [("loss", "hinge:Hinge"), ("filter", "boilerplate:Boilerplate"), ("source", "csv_files:CsvFiles"),
-          ("gate-rule", "refusals:Refusals")]  # fmt: skip
+          ("gate-rule", "refusals:Refusals"), ("reward", "politeness:Politeness")]  # fmt: skip
 
 
 @pytest.fixture
@@ -242,6 +243,17 @@ def test_the_guide_for_a_source_adds_one(example: Any, tmp_path: Path) -> None:
     assert rows[0].messages[-1].content == "Why?"
     assert rows[0].responses[0].content == "Because."
     assert list(source.fingerprint(LocalPlaces())) == [str(tmp_path / "rows.csv")]
+
+
+@guided("reward")
+def test_the_guide_for_a_reward_adds_one(example: Any) -> None:
+    from tests.unit.training.reward_samples import Heard, samples
+
+    heard = Heard()
+    assert example().score(samples("Thank you.", "So what", ""), heard.resources()) == [1.0, 0.0, None]
+    assert heard.problems == [("row2", "the response is empty")]
+    with pytest.raises(ConfigError, match="did you mean 'words'"):
+        example(word=["please"])
 
 
 @guided("gate-rule")

@@ -64,22 +64,18 @@ class ScoresOf(Protocol):
 
 
 class AnswersOf(Protocol):
-    """Lets a language model answer questions."""
+    """Lets the model that training starts from answer questions."""
 
-    def __call__(self, name: str, questions: Sequence[str], *, max_new_tokens: int) -> list[str]:
-        """Return the most likely answer to each question, as a model's one user turn.
-
-        Raises:
-            ConfigError: There is no model of this name.
-        """
+    def __call__(self, questions: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        """Return the most likely answer to each question, put as a dialogue's one user turn."""
 
 
 def _no_scores(name: str, trees: Sequence[Tree], *, is_raw: bool) -> list[float]:  # noqa: ARG001 - see ScoresOf
     raise ConfigError(f"there is no reward model {name!r} here", next_step="name one of the run's reward models")
 
 
-def _no_answers(name: str, questions: Sequence[str], *, max_new_tokens: int) -> list[str]:  # noqa: ARG001
-    raise ConfigError(f"there is no model {name!r} to judge with", next_step="name a model that the stage has")
+def _no_answers(questions: Sequence[str], *, max_new_tokens: int) -> list[str]:  # noqa: ARG001 - see AnswersOf
+    raise ConfigError("there is no model to judge with here", next_step="give recorded answers instead")
 
 
 def _ignore(sample: Sample, reason: str) -> None:
@@ -119,15 +115,6 @@ class UsesRewardModels(Protocol):
     @property
     def reward_models(self) -> tuple[str, ...]:
         """Names of the run's reward models that it asks; `reward` is the main one."""
-
-
-@runtime_checkable
-class UsesModel(Protocol):
-    """A source that lets a language model answer."""
-
-    @property
-    def answering_models(self) -> tuple[str, ...]:
-        """Names of the models that it asks."""
 
 
 @runtime_checkable
