@@ -144,11 +144,16 @@ PPO_PROMPTS = [encoder().tree(record(text)) for text in ("a", "what?", "tell me"
 
 def ppo_recipe(directory: Path, reward_directory: Path, chosen: PpoSettings, *, world: World, **how: Any) -> PpoRecipe:
     """PPO from the tiny policy of a folder against a reward model, without normalisation."""
+    further = {name: how.pop(name) for name in ("heldout", "scorer", "pretraining", "on_speed") if name in how}
+    prompts = how.pop("prompts", PPO_PROMPTS)
     policy = policy_of(directory, chosen)
-    critic = Critic(reward_directory, chosen, Normalization(gain=2.0, bias=0.5), seed=chosen.seed + 1)
+    normalization = Normalization(gain=2.0, bias=0.5)
+    critic = Critic(
+        reward_directory, chosen, normalization, seed=chosen.seed + 1, value_init=chosen.value_init
+    )  # fmt: skip
     return PpoRecipe(
-        policy, Reference.of(policy), critic, PPO_PROMPTS, settings=chosen, layout=layout(**how), chat=chat(),
-        should_stop=lambda: world.should_stop(), on_text=world.texts.append,
+        policy, Reference.of(policy), critic, prompts, settings=chosen, layout=layout(**how), chat=chat(),
+        should_stop=lambda: world.should_stop(), on_text=world.texts.append, **further,
     )  # fmt: skip
 
 

@@ -29,6 +29,10 @@ class SamplingSettings(Frozen):
     """Logits are divided by it; 0 takes the most likely token."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Draw from the smallest set of tokens with at least this probability; 1 is the whole vocabulary."""
+    min_new_tokens: int = Field(0, ge=0)
+    """The end-of-turn token cannot be drawn before this many tokens."""
+    stops_at_eos: bool = True
+    """False: every response has `max_new_tokens`, and the end-of-turn token is one like any other."""
     batch_size: int = Field(32, ge=1)
     """Prompts generated for at once."""
 
@@ -80,7 +84,7 @@ def sample(
             eos_id=eos_id, pad_id=pad_id, seeds=[derive_seed(seed, "sample", place) for place in places],
         )  # fmt: skip
         for place, row in zip(places, ids_BT, strict=True):
-            end = row.index(eos_id) + 1 if eos_id in row else len(row)
+            end = row.index(eos_id) + 1 if settings.stops_at_eos and eos_id in row else len(row)
             results[place] = Sample(tuple(row[:end]), eos_id in row)
         if on_batch is not None:
             on_batch(len(results) // samples_per_prompt)
@@ -124,13 +128,15 @@ def _generate(
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
         logits_BV = output.logits[:, -1].float().cpu()
+        if step < settings.min_new_tokens:
+            logits_BV[:, eos_id] = -torch.inf
         if step == 0 and copies > 1:
             cache.batch_repeat_interleave(copies)
             logits_BV, mask_BT, position_B = _repeated((logits_BV, mask_BT, position_B), copies)
         token_B = _draw(logits_BV, settings, [noise[row] for row in active])
         for row, token in zip(active, token_B, strict=True):
             generated[row].append(token)
-        going = [place for place, token in enumerate(token_B) if token != eos_id]
+        going = [place for place, token in enumerate(token_B) if token != eos_id or not settings.stops_at_eos]
         if not going:
             break
         if len(going) < len(active):

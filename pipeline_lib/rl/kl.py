@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
+Controller = Literal["adaptive", "schulman", "fixed"]
 MAX_RELATIVE_ERROR = 0.2
+SCHULMAN_TOLERANCE = 1.5
+SCHULMAN_FACTOR = 2.0
 
 
 def kl_estimate(token_logp: Tensor, ref_token_logp: Tensor, *, estimator: Estimator) -> Tensor:
@@ -50,14 +53,16 @@ def full_kl(logp_TV: Tensor, ref_logp_TV: Tensor) -> Tensor:
 class KlController:
     """The weight of the KL penalty: fixed, or steered to a target.
 
-    e = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + e * n / horizon, n the responses since the
-    last update (Ziegler et al. 2019).
+    adaptive: e = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + e * n / horizon, n the responses since
+    the last update (Ziegler et al. 2019, section 2.2). schulman: coef * 2 where KL > 1.5 target,
+    coef / 2 where KL < target / 1.5 (Schulman et al. 2017, section 4).
     """
 
     coef: float
     target: float | None
     """Nats a response; None keeps the weight."""
     horizon: float
+    kind: Controller = "adaptive"
 
     def update(self, kl_nats: float, *, num_steps: int) -> KlController:
         """Return the controller after an iteration.
@@ -66,8 +71,13 @@ class KlController:
             kl_nats: Mean KL of the iteration's responses.
             num_steps: Responses of the iteration.
         """
-        if self.target is None:
+        if self.target is None or self.kind == "fixed":
             return self
+        if self.kind == "schulman":
+            if kl_nats > self.target * SCHULMAN_TOLERANCE:
+                return self.with_coef(self.coef * SCHULMAN_FACTOR)
+            is_low = kl_nats < self.target / SCHULMAN_TOLERANCE
+            return self.with_coef(self.coef / SCHULMAN_FACTOR) if is_low else self
         error = min(max(kl_nats / self.target - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
         return self.with_coef(self.coef * (1 + error * num_steps / self.horizon))
 

@@ -3,12 +3,14 @@
 With adapters, the reward is the backbone without them and the value the backbone with them, and
 each has its own head; both start from the reward model, so at first the value of a token is the
 score that its text would get. Without adapters the value function is a second, fully trained copy.
+The value can also start as 0 everywhere: its head's weights are then 0, and it has no gain and bias.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from pipeline_lib.models.adapters import without_adapter
 from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.heads import head_of, load_scalar_model, scalar_at
+from pipeline_lib.models.precision import default_device
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.recipe import ParameterGroup
 from pipeline_lib.training.settings import TrainingSettings
@@ -29,11 +32,45 @@ class Normalization:
     gain: float = 1.0
     bias: float = 0.0
 
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Normalise raw scores of any shape."""
+        return raw * self.gain + self.bias
+
+
+class FrozenRewardModel:
+    """A further reward model that only scores, e.g. one that no policy is trained against."""
+
+    def __init__(self, directory: Path, normalization: Normalization, *, settings: TrainingSettings) -> None:
+        """Load a reward model's folder.
+
+        Args:
+            directory: The reward model's files.
+            normalization: Its gain and bias.
+            settings: Precision.
+        """
+        model = load_scalar_model(directory, dtype=dtype_for(settings)).to(default_device())
+        self.model = model.eval().requires_grad_(requires_grad=False)
+        self.normalization = normalization
+
+    @torch.no_grad()
+    def scores(self, batch: TreeBatch) -> Tensor:
+        """Score each response at its last token, `(R,)`, normalised."""
+        hidden_PD = hidden_states(self.model, batch)
+        return self.normalization(scalar_at(hidden_PD, head_of(self.model).weight, batch.last_R))
+
 
 class Critic:
     """Scores whole responses and values their tokens, in normalised reward units."""
 
-    def __init__(self, directory: Path, settings: TrainingSettings, normalization: Normalization, *, seed: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: TrainingSettings,
+        normalization: Normalization,
+        *,
+        seed: int,
+        value_init: Literal["reward_model", "zero"] = "reward_model",
+    ) -> None:
         """Load a reward model's folder.
 
         Args:
@@ -41,13 +78,17 @@ class Critic:
             settings: Precision and adapters.
             normalization: The reward model's gain and bias.
             seed: Seed of the value function's adapters.
+            value_init: Whether values start as the reward model's scores or as 0.
         """
         dtype = dtype_for(settings)
         model = load_scalar_model(directory, dtype=dtype)
         self.value = prepare(model, directory, settings, seed=seed)
         reward_head = head_of(self.value.model).weight.detach().float().clone()
         self.reward_head_1D = reward_head.to(self.value.model.device)
-        self.value_head_1D = nn.Parameter(self.reward_head_1D.clone())
+        self.value_init = value_init
+        starts_at_zero = value_init == "zero"
+        value_head_1D = torch.zeros_like(self.reward_head_1D) if starts_at_zero else self.reward_head_1D.clone()
+        self.value_head_1D = nn.Parameter(value_head_1D)
         self.reward_model = self.value.model
         if self.value.adapter is None:
             self.reward_model = load_scalar_model(directory, dtype=dtype).to(self.value.model.device).eval()
@@ -63,14 +104,12 @@ class Critic:
     def values(self, batch: TreeBatch) -> Tensor:
         """Value the state before each counted token, `(N,)`."""
         hidden_PD = hidden_states(self.value.model, batch)
-        return self._normalize(scalar_at(hidden_PD, self.value_head_1D, batch.source_N))
+        raw_N = scalar_at(hidden_PD, self.value_head_1D, batch.source_N)
+        return raw_N if self.value_init == "zero" else self.normalization(raw_N)
 
     @torch.no_grad()
     def scores(self, batch: TreeBatch) -> Tensor:
         """Score each response at its last token, `(R,)`."""
         with without_adapter(self.value.adapter):
             hidden_PD = hidden_states(self.reward_model, batch)
-        return self._normalize(scalar_at(hidden_PD, self.reward_head_1D, batch.last_R))
-
-    def _normalize(self, raw: Tensor) -> Tensor:
-        return raw * self.normalization.gain + self.normalization.bias
+        return self.normalization(scalar_at(hidden_PD, self.reward_head_1D, batch.last_R))

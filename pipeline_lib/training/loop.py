@@ -23,6 +23,7 @@ from pipeline_lib.errors import InterruptedRunError, ResumeMismatchError
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.precision import default_device
 from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.breaker import Guarded
 from pipeline_lib.training.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, write_checkpoint
 from pipeline_lib.training.early_stopping import EarlyStopping
 from pipeline_lib.training.ema import WeightAverage
@@ -34,8 +35,8 @@ from pipeline_lib.training.guards import (
     require_responses,
     require_trainable,
 )
-from pipeline_lib.training.optimizer import build_optimizer, learning_rate_at
-from pipeline_lib.training.recipe import Figure, Recipe, StopRequestedError
+from pipeline_lib.training.optimizer import build_optimizer, epsilon_at, learning_rate_at
+from pipeline_lib.training.recipe import Figure, Recipe, StopRequestedError, TrainingEndedError
 from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,11 @@ class TrainingLoop:
         self.average = WeightAverage(self.groups, settings.ema_decay) if settings.ema_decay is not None else None
         stopping = settings.early_stopping if isinstance(settings, OfflineSettings) else None
         self.stopping = EarlyStopping(self.groups, stopping) if stopping is not None else None
+        self.breaker = recipe.breaker if isinstance(recipe, Guarded) else None
+        if self.breaker is not None:
+            self.breaker.bind(self.groups, self.optimizer, self.average)
+        self.end: str | None = None
+        """Why training ended before its last step, where a recipe ended it."""
         self.progress = _Progress()
 
     def run(self) -> list[dict[str, float]]:
@@ -115,6 +121,9 @@ class TrainingLoop:
                 figures = self._step(self.progress.step)
             except StopRequestedError:
                 self._stop()
+            except TrainingEndedError as ended:
+                self.end = str(ended)
+                break
             self._measure(self.progress.step, figures)
             self.progress.series.append({"step": self.progress.step, **figures})
             self.progress.step += 1
@@ -133,7 +142,7 @@ class TrainingLoop:
 
     @property
     def _has_ended_early(self) -> bool:
-        return self.stopping is not None and self.stopping.has_ended
+        return self.end is not None or (self.stopping is not None and self.stopping.has_ended)
 
     def _finish(self) -> None:
         """Check that the plan was carried out, and put the weights in place that training ends with."""
@@ -144,6 +153,10 @@ class TrainingLoop:
             self.hooks.on_progress(
                 1.0, f"kept step {self.stopping.best_step + 1}, held-out loss {self.stopping.best_loss:.4f}"
             )
+        elif self.end is not None:
+            assert self.breaker is not None, "only a circuit breaker ends a training"
+            self.breaker.restore_best()
+            self.hooks.on_progress(1.0, self.end)
         elif self.average is not None:
             self.average.apply()
         require_finite_weights(
@@ -162,10 +175,8 @@ class TrainingLoop:
 
     def _step(self, step: int) -> dict[str, float]:
         torch.manual_seed(derive_seed(self.settings.seed, "step", step))
-        factor = learning_rate_at(step, self.recipe.num_steps, self.settings.optimizer)
-        for group, slot in zip(self.groups, self.optimizer.param_groups, strict=True):
-            slot["lr"] = group.learning_rate * factor
         batches = [batch.to(self.device) for batch in self.recipe.micro_batches(step)]
+        factor = self._set_rates(step)  # after the batches: a circuit breaker may have halved them
         require_responses(batches)
         totals = self._accumulate(step, batches)
         figures = {name: figure.mean for name, figure in totals.items()}
@@ -184,6 +195,17 @@ class TrainingLoop:
         figures["learning_rate"] = self.groups[0].learning_rate * factor
         figures.update(self.recipe.after_step(step))
         return figures
+
+    def _set_rates(self, step: int) -> float:
+        """Give the optimizer the step's learning rates; return the factor on their peaks."""
+        factor = learning_rate_at(step, self.recipe.num_steps, self.settings.optimizer)
+        if self.breaker is not None:
+            factor *= self.breaker.rate_factor
+        for group, slot in zip(self.groups, self.optimizer.param_groups, strict=True):
+            slot["lr"] = group.learning_rate * factor
+            if self.settings.optimizer.name == "adamw":
+                slot["eps"] = epsilon_at(step, self.settings.optimizer)
+        return factor
 
     def _accumulate(self, step: int, batches: list[TreeBatch]) -> dict[str, Figure]:
         """Sum loss, gradient and figures over a step's forwards, this process's and the others'."""

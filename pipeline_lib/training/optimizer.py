@@ -32,6 +32,17 @@ def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings) -> 
     return settings.final_frac + (1 - settings.final_frac) * cosine
 
 
+def epsilon_at(step: int, settings: OptimizerSettings) -> float:
+    """Return what AdamW adds to its denominator at a step, counted from 0.
+
+    torch divides by sqrt(v / c) + e with c = 1 - beta2^t, TensorFlow 1 in effect by (sqrt(v) + e) / sqrt(c),
+    which is torch's form with e / sqrt(c) (the "epsilon hat" of Kingma and Ba 2015, section 2).
+    """
+    if settings.epsilon_form == "torch":
+        return settings.epsilon
+    return settings.epsilon / math.sqrt(1 - settings.betas[1] ** (step + 1))
+
+
 def build_optimizer(groups: Sequence[ParameterGroup], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Make the optimizer that the settings name over the groups' parameters.
 

@@ -16,6 +16,10 @@ class StopRequestedError(Exception):
     """Raised inside a step that breaks off because the process was asked to end."""
 
 
+class TrainingEndedError(Exception):
+    """Raised where a step would begin, by a recipe that is done before its last step; says why."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """A sum and the count it is a mean over, so that figures add up over micro-batches."""

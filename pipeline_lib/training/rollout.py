@@ -5,7 +5,7 @@ Legend: N response tokens of all rollouts, flat in rollout order; R rollouts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline_lib.text.encode import Tree
 
 _INTS = ("prompt_ids", "prompt_lengths_R", "response_ids", "lengths_R")
+_PART = "part:"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Rollouts:
     """Normalised reward-model score of each response, before any missing-EOS rule."""
     is_finished_R: Tensor
     """True where the response ended by itself."""
+    full_kl_N: Tensor | None = None
+    """KL(policy || reference) over all words at each token, nats."""
+    heldout_score_R: Tensor | None = None
+    """Normalised score of a reward model that the policy is not trained against."""
+    parts_R: dict[str, Tensor] = field(default_factory=dict)
+    """What the score is made of, by name, where it has parts."""
 
     @property
     def lengths_R(self) -> list[int]:
@@ -57,7 +64,10 @@ class Rollouts:
         """Return the whole as tensors, for a checkpoint."""
         prompts = [torch.tensor(tree.prompt_ids) for tree in self.trees]
         responses = [torch.tensor(tree.response_ids[0]) for tree in self.trees]
+        further = {"full_kl_N": self.full_kl_N, "heldout_score_R": self.heldout_score_R}
         return {
+            **{name: value for name, value in further.items() if value is not None},
+            **{_PART + name: value for name, value in self.parts_R.items()},
             "prompt_ids": torch.cat(prompts),
             "prompt_lengths_R": torch.tensor([len(ids) for ids in prompts]),
             "response_ids": torch.cat(responses),
@@ -75,7 +85,9 @@ class Rollouts:
             rollout_tree(index, prompt.tolist(), response.tolist())
             for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         )
-        return cls(trees, **{name: value for name, value in tensors.items() if name not in _INTS})
+        parts = {name.removeprefix(_PART): value for name, value in tensors.items() if name.startswith(_PART)}
+        figures = {name: value for name, value in tensors.items() if name not in _INTS and not name.startswith(_PART)}
+        return cls(trees, **figures, parts_R=parts)
 
 
 def rollout_tree(index: int, prompt_ids: list[int], response_ids: list[int]) -> Tree:

@@ -2,12 +2,13 @@
 
 An iteration samples one response a prompt, scores it, and makes `ppo_epochs * minibatches`
 optimizer steps on it. The loop sees only steps; the first step of an iteration does the sampling,
-and the rollouts are in every checkpoint.
+and the rollouts are in every checkpoint. How rollouts come about is `training/collection.py`.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -15,31 +16,36 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.errors import DivergedError
-from pipeline_lib.hashing import derive_seed
 from pipeline_lib.losses.policy import clipped_policy_loss, clipped_value_loss
 from pipeline_lib.models.logprobs import token_logps
-from pipeline_lib.models.sampling import SamplingSettings, sample
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.rl.advantage import gae, whiten
 from pipeline_lib.rl.kl import KlController, kl_estimate
+from pipeline_lib.rl.monitor import explained_variance
 from pipeline_lib.rl.rewards import apply_missing_eos, token_rewards
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.critic import Critic
+from pipeline_lib.training.breaker import CircuitBreaker
+from pipeline_lib.training.collection import Collector, ResponseScorer, require_prompts
+from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.forward import training_forward
 from pipeline_lib.training.group import ProcessGroup
+from pipeline_lib.training.iteration_figures import iteration_figures
 from pipeline_lib.training.plan import DataPlan, permutation
-from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss, StopRequestedError
+from pipeline_lib.training.pretraining import PretrainingRows, is_pretraining
+from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.rollout import Rollouts, rollout_tree
+from pipeline_lib.training.rollout import Rollouts
 from pipeline_lib.training.settings import PpoSettings
 from pipeline_lib.training.trained_model import TrainedModel
 
-SAMPLES_KEPT = 3
+SAMPLES_KEPT = 10
 """Rollouts of each iteration whose texts are kept for the report."""
 START_TOLERANCE_NATS_PER_TOKEN = 1e-5
 """How far the KL may be from 0 before the first update."""
+BREAKER = "breaker/"
+"""Prefix of the circuit breaker's tensors in a checkpoint."""
 
 
 class PpoRecipe:
@@ -57,22 +63,54 @@ class PpoRecipe:
         chat: ChatTokenizer,
         should_stop: Callable[[], bool],
         on_text: Callable[[str], None],
+        on_speed: Callable[[int, Mapping[str, float]], None] | None = None,
+        heldout: FrozenRewardModel | None = None,
+        scorer: ResponseScorer | None = None,
+        pretraining: PretrainingRows | None = None,
     ) -> None:
-        """Take the models, the prompts (trees without responses) and the settings."""
+        """Take the models, the prompts and the settings.
+
+        Args:
+            policy: What is trained.
+            reference: What the KL is measured from.
+            critic: Reward model and value function.
+            prompts: Trees without responses.
+            settings: PPO's.
+            layout: How trees become forwards.
+            chat: The tokenizer.
+            should_stop: True once the process was asked to end.
+            on_text: Told what is going on.
+            on_speed: Told tokens a second with the step; they differ from run to run, so they are no figures.
+            heldout: A reward model that only measures.
+            scorer: Gives the scores; None: the reward model.
+            pretraining: Adds the loss on pretraining text (PPO-ptx).
+
+        Raises:
+            DataError: Prompts that nothing can be sampled after.
+        """
         self.policy, self.reference, self.critic = policy, reference, critic
-        self.settings, self.layout, self.chat = settings, layout, chat
-        self.should_stop, self.on_text = should_stop, on_text
+        self.settings, self.layout, self.chat, self.pretraining = settings, layout, chat, pretraining
+        self.on_text, self.on_speed = on_text, on_speed
+        context_tokens = getattr(policy.model.config, "max_position_embeddings", None)
+        require_prompts(prompts, context_tokens=context_tokens, max_new_tokens=settings.max_new_tokens)
+        self.collector = Collector(
+            policy, reference, critic, layout, chat, settings, should_stop, on_text, heldout=heldout, scorer=scorer
+        )
+        self.breaker = CircuitBreaker(settings.breaker) if settings.breaker is not None else None
         self.plan = DataPlan.of(prompts, settings)
         self.steps_per_iteration = settings.ppo_epochs * settings.minibatches
         self.num_steps = settings.iterations * self.steps_per_iteration
         self.controller = KlController(
-            coef=settings.kl_coef, target=settings.kl_target_nats, horizon=settings.kl_horizon_responses
-        )
+            coef=settings.kl_coef, target=settings.kl_target_nats, horizon=settings.kl_horizon_responses,
+            kind=settings.kl_controller,
+        )  # fmt: skip
         self.rollouts: Rollouts | None = None
         self.iteration_figures: dict[str, float] = {}
         self.samples: list[str] = []
         self._advantages: dict[int, Tensor] = {}
         self._returns: dict[int, Tensor] = {}
+        self._explained_variance = 0.0
+        self._update_started_s = 0.0
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Return the policy's and the value function's parameters."""
@@ -86,15 +124,20 @@ class PpoRecipe:
         """Sample where an iteration begins; return the forwards of the step's minibatch."""
         iteration, place = divmod(step, self.steps_per_iteration)
         # A stop between sampling and the update leaves a checkpoint with the new rollouts in it.
-        if place == 0 and self.iteration_figures.get("iteration") != iteration:
-            self.rollouts = self._collect_once(iteration)
-            self._finish_iteration(iteration, self.rollouts)
+        while place == 0 and self.iteration_figures.get("iteration") != iteration:
+            rollouts = self._timed(step, iteration)
+            if self._finish_iteration(iteration, rollouts):
+                self.rollouts = rollouts
+        if place == 0:
+            self._update_started_s = time.monotonic()
         rollouts = self._current()
         epoch, minibatch = divmod(place, self.settings.minibatches)
         order = permutation(len(rollouts.trees), self.settings.seed, "ppo", iteration, epoch)
         members = order[minibatch :: self.settings.minibatches]
         self._estimate_advantages(rollouts, members)
-        return self.layout.batches([rollouts.trees[index] for index in members])
+        batches = self.layout.batches([rollouts.trees[index] for index in members])
+        # Both gradients in consecutive forwards of one step (Ouyang et al. 2022, appendix C.4).
+        return batches if self.pretraining is None else batches + self.layout.batches(self.pretraining.rows(step))
 
     def training_forward(self, batch: TreeBatch) -> AbstractContextManager[None]:
         """Return the context of a forward that is trained on: of policy and value function."""
@@ -105,10 +148,16 @@ class PpoRecipe:
         """Return nothing: PPO's rows are its own samples."""
 
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
-        """Return the clipped policy loss plus the weighted clipped value loss, token means."""
+        """Return the clipped policy loss plus the weighted clipped value loss, token means.
+
+        Pretraining text has a token mean of its own.
+        """
+        is_text = is_pretraining(batch)
+        num_tokens = sum(member.num_counted for member in step_batches if is_pretraining(member) == is_text)
+        if is_text:
+            return self._pretraining_loss(batch, num_tokens)
         rollouts, settings = self._current(), self.settings
         members = [int(tree.record_id) for tree in batch.trees]
-        num_tokens = sum(member.num_counted for member in step_batches)
         device = batch.label_N.device
         old_logp_N = _gather(rollouts.rows(rollouts.logp_N), members).to(device)
         old_value_N = _gather(rollouts.rows(rollouts.value_N), members).to(device)
@@ -135,9 +184,21 @@ class PpoRecipe:
         }
         return StepLoss(loss, figures)
 
-    def after_step(self, step: int) -> dict[str, float]:  # noqa: ARG002
-        """Return the figures of the iteration that the step belongs to."""
-        return self.iteration_figures
+    def _pretraining_loss(self, batch: TreeBatch, num_tokens: int) -> StepLoss:
+        assert self.pretraining is not None, "pretraining text without its settings"
+        nll = -token_logps(self.policy.model, batch).token_logp_N.sum()
+        figure = Figure(float(nll.detach()), batch.num_counted)
+        return StepLoss(self.pretraining.coef * nll / num_tokens, {"pretraining_nll_per_token_nats": figure})
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Return the figures of the iteration that the step belongs to, and of its minibatch as a whole."""
+        # A training that was resumed inside an iteration does not know when its update began.
+        is_last = (step + 1) % self.steps_per_iteration == 0
+        if is_last and self.on_speed is not None and self._update_started_s > 0:
+            tokens = sum(self._current().lengths_R) * self.settings.ppo_epochs
+            elapsed_s = time.monotonic() - self._update_started_s
+            self.on_speed(step, {"update_tokens_per_s": tokens / max(elapsed_s, 1e-9)})
+        return {**self.iteration_figures, "explained_variance_frac": self._explained_variance}
 
     def check_start(self, step: int, figures: Mapping[str, float]) -> None:  # noqa: ARG002
         """Check that the policy starts as its reference, unless what was put in front of it is new.
@@ -156,25 +217,30 @@ class PpoRecipe:
             )
 
     def state(self) -> RecipeState:
-        """Return rollouts, the KL weight and the kept samples."""
+        """Return rollouts, the KL weight, the kept samples and the circuit breaker's state."""
         tensors = self.rollouts.tensors() if self.rollouts is not None else {}
-        return RecipeState(
-            tensors,
-            {
-                "kl_coef": self.controller.coef,
-                "samples": self.samples,
-                "iteration_figures": json.dumps(self.iteration_figures),
-            },
-        )
+        values: dict[str, float | int | str | bool | list[int] | list[str]] = {
+            "kl_coef": self.controller.coef,
+            "samples": self.samples,
+            "iteration_figures": json.dumps(self.iteration_figures),
+        }
+        if self.breaker is not None:
+            tensors |= {BREAKER + name: value for name, value in self.breaker.tensors().items()}
+            values["breaker"] = self.breaker.values()
+        return RecipeState(tensors, values)
 
     def load_state(self, state: RecipeState) -> None:
         """Take a checkpoint's state back."""
-        self.rollouts = Rollouts.from_tensors(state.tensors) if state.tensors else None
+        rollouts = {name: value for name, value in state.tensors.items() if not name.startswith(BREAKER)}
+        self.rollouts = Rollouts.from_tensors(rollouts) if rollouts else None
         self.controller = self.controller.with_coef(float(str(state.values["kl_coef"])))
         kept = state.values["samples"]
         assert isinstance(kept, list)
         self.samples = [str(row) for row in kept]
         self.iteration_figures = json.loads(str(state.values["iteration_figures"]))
+        if self.breaker is not None:
+            held = {name.removeprefix(BREAKER): value for name, value in state.tensors.items() if name not in rollouts}
+            self.breaker.load(held, str(state.values["breaker"]))
 
     def _current(self) -> Rollouts:
         assert self.rollouts is not None, "an iteration begins with rollouts"
@@ -189,99 +255,69 @@ class PpoRecipe:
         return shared
 
     def _collect(self, iteration: int) -> Rollouts:
-        prompts = self.plan.full_batch(iteration)
+        return self.collector.collect(self.plan.full_batch(iteration), iteration)
 
-        def on_batch(done: int) -> None:
-            self.on_text(f"iteration {iteration + 1}/{self.settings.iterations}: sampled {done}/{len(prompts)}")
-            if self.should_stop():
-                raise StopRequestedError
-
-        samples = sample(
-            self.policy.model, [tree.prompt_ids for tree in prompts],
-            SamplingSettings(max_new_tokens=self.settings.max_new_tokens, temperature=self.settings.temperature),
-            eos_id=self.chat.eos_id, pad_id=self.chat.pad_id,
-            seed=derive_seed(self.settings.seed, "rollout", iteration), on_batch=on_batch,
-        )  # fmt: skip
-        trees = [
-            rollout_tree(index, list(tree.prompt_ids), list(drawn.ids))
-            for index, (tree, drawn) in enumerate(zip(prompts, samples, strict=True))
-        ]
-        self.on_text(f"iteration {iteration + 1}/{self.settings.iterations}: scoring {len(trees)} responses")
-        scored = self._score(trees)
-        is_finished_R = torch.tensor([drawn.is_finished for drawn in samples])
-        return Rollouts(tuple(trees), **scored, is_finished_R=is_finished_R)
-
-    @torch.no_grad()
-    def _score(self, trees: list[Tree]) -> dict[str, Tensor]:
-        """Compute log-probabilities, values and scores of all rollouts, in rollout order."""
-        by_index: dict[int, dict[str, Tensor]] = {}
-        for batch in self.layout.batches(trees):
-            if self.should_stop():
-                raise StopRequestedError
-            moved = batch.to(self.policy.model.device)
-            temperature = self.settings.temperature
-            own = token_logps(self.policy.model, moved, temperature=temperature, with_entropy=True)
-            assert own.entropy_N is not None
-            with self.reference.active() as reference_model:
-                ref = token_logps(reference_model, moved, temperature=temperature)
-            flat = {
-                "logp_N": own.token_logp_N, "ref_logp_N": ref.token_logp_N,
-                "entropy_N": own.entropy_N, "value_N": self.critic.values(moved),
-            }  # fmt: skip
-            score_R = self.critic.scores(moved)
-            lengths = batch.lengths_R.tolist()
-            rows = {name: values.float().cpu().split(lengths) for name, values in flat.items()}
-            for place, tree in enumerate(batch.trees):
-                by_index[int(tree.record_id)] = {
-                    **{name: row[place] for name, row in rows.items()}, "score_R": score_R[place : place + 1].cpu(),
-                }  # fmt: skip
-        names = ("logp_N", "ref_logp_N", "entropy_N", "value_N", "score_R")
-        return {name: torch.cat([by_index[index][name] for index in range(len(trees))]) for name in names}
+    def _timed(self, step: int, iteration: int) -> Rollouts:
+        """Collect, and tell how fast."""
+        started_s = time.monotonic()
+        rollouts = self._collect_once(iteration)
+        if self.on_speed is not None:
+            elapsed_s = time.monotonic() - started_s
+            self.on_speed(step, {"rollout_tokens_per_s": sum(rollouts.lengths_R) / max(elapsed_s, 1e-9)})
+        return rollouts
 
     def _estimate_advantages(self, rollouts: Rollouts, members: list[int]) -> None:
         """Shape the rewards of a minibatch and estimate its advantages and returns."""
         settings = self.settings
+        is_unbiased = settings.whiten_variance == "unbiased"
         mask_BT = rollouts.mask(members)
         score_B = apply_missing_eos(
             rollouts.score_R[members], rollouts.is_finished_R[members],
             mode=settings.missing_eos, value=settings.missing_eos_value,
         )  # fmt: skip
-        kl_BT = kl_estimate(
-            rollouts.padded(rollouts.logp_N, members), rollouts.padded(rollouts.ref_logp_N, members),
-            estimator=settings.kl_estimator,
-        )  # fmt: skip
+        kl_BT = self._kl(rollouts, members)
         reward_BT = token_rewards(kl_BT, score_B, mask_BT, kl_coef=self.iteration_figures["kl_coef"])
         if settings.whiten_rewards:
-            reward_BT = whiten(reward_BT, mask_BT, shift_mean=False)
+            reward_BT = whiten(reward_BT, mask_BT, shift_mean=False, unbiased=is_unbiased)
         value_BT = rollouts.padded(rollouts.value_N, members)
         advantage_BT, return_BT = gae(
             reward_BT, value_BT, mask_BT, gamma=settings.gamma, gae_lambda=settings.gae_lambda
         )
         if settings.whiten_advantages:
-            advantage_BT = whiten(advantage_BT, mask_BT, shift_mean=True)
+            advantage_BT = whiten(advantage_BT, mask_BT, shift_mean=True, unbiased=is_unbiased)
+        self._explained_variance = explained_variance(value_BT[mask_BT], return_BT[mask_BT])
         for row, index in enumerate(members):
             self._advantages[index] = advantage_BT[row][mask_BT[row]]
             self._returns[index] = return_BT[row][mask_BT[row]]
 
-    def _finish_iteration(self, iteration: int, rollouts: Rollouts) -> None:
-        """Measure the rollouts, guard against KL explosion, and set the KL weight for the next."""
-        num = len(rollouts.trees)
-        k1_R = torch.stack([row.sum() for row in rollouts.rows(rollouts.logp_N - rollouts.ref_logp_N)])
-        kl_nats = float(k1_R.mean())
-        coef = self.controller.coef
-        score = float(rollouts.score_R.mean())
-        self.iteration_figures = {
-            "iteration": float(iteration),
-            "kl_coef": coef,
-            "ref_kl_nats": kl_nats,
-            "score": score,
-            "score_std": float(rollouts.score_R.std(unbiased=False)),
-            "non_score_reward": -coef * kl_nats,
-            "rlhf_reward": score - coef * kl_nats,
-            "entropy_nats": float(rollouts.entropy_N.mean()),
-            "response_tokens": sum(rollouts.lengths_R) / num,
-            "finished_frac": float(rollouts.is_finished_R.float().mean()),
-        }
+    def _kl(self, rollouts: Rollouts, members: list[int]) -> Tensor:
+        """Return the KL from the reference of each token as the settings estimate it, padded."""
+        if self.settings.kl_estimator == "full":
+            assert rollouts.full_kl_N is not None, "rollouts are measured with it"
+            return rollouts.padded(rollouts.full_kl_N, members)
+        return kl_estimate(
+            rollouts.padded(rollouts.logp_N, members), rollouts.padded(rollouts.ref_logp_N, members),
+            estimator=self.settings.kl_estimator,
+        )  # fmt: skip
+
+    def _finish_iteration(self, iteration: int, rollouts: Rollouts) -> bool:
+        """Measure the rollouts, guard against what they show, and set the KL weight for the next.
+
+        Returns:
+            False where the circuit breaker went back: these rollouts are then of no use.
+        """
+        figures = iteration_figures(iteration, rollouts, self.settings, kl_coef=self.controller.coef)
+        if self.breaker is not None:
+            breach = self.breaker.breach(figures)
+            if breach is not None:
+                self.breaker.trip(iteration, breach)
+                self.on_text(f"iteration {iteration + 1}: {breach}; back to before iteration "
+                             f"{self.breaker.good_iteration + 1}, at half the learning rate")  # fmt: skip
+                return False
+            self.breaker.keep(iteration, figures)
+            figures["breaches"] = float(len(self.breaker.breaches))
+        kl_nats = figures["ref_kl_nats"]
+        self.iteration_figures = figures
         self._keep_samples(iteration, rollouts)
         if kl_nats > self.settings.max_kl_nats:
             raise DivergedError(
@@ -289,7 +325,8 @@ class PpoRecipe:
                 f"the limit is {self.settings.max_kl_nats:.1f}",
                 next_step="raise kl_coef, or lower optimizer.learning_rate or ppo_epochs",
             )
-        self.controller = self.controller.update(kl_nats, num_steps=num)
+        self.controller = self.controller.update(kl_nats, num_steps=len(rollouts.trees))
+        return True
 
     def _keep_samples(self, iteration: int, rollouts: Rollouts) -> None:
         for tree, score in list(zip(rollouts.trees, rollouts.score_R.tolist(), strict=True))[:SAMPLES_KEPT]:

@@ -60,3 +60,17 @@ def test_the_controller_steers_towards_its_target() -> None:
     assert controller.coef == 0.2  # an update is another controller
     assert controller.update(9.0, num_steps=1).target == 6.0
     assert controller.with_coef(0.7) == KlController(coef=0.7, target=6.0, horizon=1000.0)
+
+
+def test_schulmans_controller_doubles_and_halves_outside_its_band() -> None:
+    controller = KlController(coef=0.2, target=6.0, horizon=1000.0, kind="schulman")
+    assert controller.update(9.1, num_steps=64).coef == 0.4
+    assert controller.update(9.0, num_steps=64).coef == 0.2
+    assert controller.update(4.0, num_steps=64).coef == 0.2
+    assert controller.update(3.9, num_steps=64).coef == 0.1
+    assert controller.update(-1.0, num_steps=64).coef == 0.1
+
+
+def test_a_fixed_weight_stays() -> None:
+    assert KlController(coef=0.2, target=6.0, horizon=1.0, kind="fixed").update(99.0, num_steps=64).coef == 0.2
+    assert KlController(coef=0.2, target=None, horizon=1.0, kind="schulman").update(99.0, num_steps=64).coef == 0.2

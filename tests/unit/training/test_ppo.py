@@ -198,7 +198,7 @@ def test_kept_samples_tell_prompt_response_and_score(directory: Path, reward_dir
     recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
     run(recipe, chosen, world)
     rows = [json.loads(row) for row in recipe.samples]
-    assert [row["iteration"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["iteration"] for row in rows] == [0] * 6 + [1] * 6
     assert all({"prompt", "response", "score"} <= row.keys() for row in rows)
 
 

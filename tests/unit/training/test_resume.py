@@ -171,4 +171,4 @@ def test_a_ppo_checkpoint_holds_rollouts_and_the_kl_weight(
     assert torch.equal(kept["logp_N"], recipe.rollouts.logp_N)  # type: ignore[union-attr]
     values = json.loads((folder / "state.json").read_bytes())["recipe"]
     assert values["kl_coef"] == recipe.controller.coef != chosen.kl_coef
-    assert len(values["samples"]) == 6
+    assert len(values["samples"]) == 12

@@ -1,0 +1,277 @@
+"""Rollouts of one iteration: sampled, ended where they must end, measured and scored.
+
+Every model that PPO asks runs here, on the same token ids in the same layout. Whoever gives the
+score stands behind `ResponseScorer`; by default it is the reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline_lib.errors import ConfigError, DataError, DivergedError
+from pipeline_lib.hashing import derive_seed
+from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states
+from pipeline_lib.models.sampling import Sample, SamplingSettings, sample
+from pipeline_lib.models.scoring import Layout
+from pipeline_lib.rl.monitor import truncated_length
+from pipeline_lib.text.chat_template import ChatTokenizer
+from pipeline_lib.text.encode import Tree
+from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.critic import Critic, FrozenRewardModel
+from pipeline_lib.training.divergence import ReferenceStates
+from pipeline_lib.training.group import ProcessGroup
+from pipeline_lib.training.recipe import StopRequestedError
+from pipeline_lib.training.reference import Reference
+from pipeline_lib.training.rollout import Rollouts, rollout_tree
+from pipeline_lib.training.settings import PpoSettings
+from pipeline_lib.training.trained_model import TrainedModel
+
+PROCESS_SEED_STRIDE = 100_003
+"""Between the seeds of two processes (N-details 6)."""
+SHOWN_ROWS = 8
+"""Rows that a message names."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a scorer says of responses."""
+
+    score_R: Tensor
+    """One score a response, in the order given."""
+    parts_R: dict[str, Tensor] = field(default_factory=dict)
+    """What the score is made of, by name; each becomes a figure `reward/<name>`."""
+
+
+class ResponseScorer(Protocol):
+    """Gives every sampled response its score: the one place where PPO's reward comes from."""
+
+    def score(self, prompts: Sequence[Tree], responses: Sequence[Tree], is_finished: Sequence[bool]) -> Scored:
+        """Score responses.
+
+        Args:
+            prompts: As the recipe got them; the record id is the row's.
+            responses: The same prompts with one response each, as far as it is scored; the record id
+                is the place in this list.
+            is_finished: True where the response ended by itself.
+        """
+
+
+@dataclass(frozen=True)
+class Collector:
+    """The models and settings that rollouts are made with."""
+
+    policy: TrainedModel
+    reference: Reference
+    critic: Critic
+    layout: Layout
+    chat: ChatTokenizer
+    settings: PpoSettings
+    should_stop: Callable[[], bool]
+    on_text: Callable[[str], None]
+    heldout: FrozenRewardModel | None = None
+    scorer: ResponseScorer | None = None
+    """None: the reward model."""
+    num_processes: int = field(default_factory=lambda: ProcessGroup().size)
+
+    def collect(self, prompts: Sequence[Tree], iteration: int) -> Rollouts:
+        """Sample one response a prompt and measure it.
+
+        Raises:
+            DivergedError: A score is not finite; the rows are named.
+            StopRequestedError: The process was asked to end.
+        """
+        drawn = self._sample(prompts, iteration)
+        ends = [self._end(one) for one in drawn]
+        truncation = self.settings.truncation
+        is_cut = truncation is not None and not truncation.keep_rest
+        trained = [one.ids[:end] if is_cut else one.ids for one, (end, _) in zip(drawn, ends, strict=True)]
+        trees = _trees(prompts, trained)
+        scored_trees = _trees(prompts, [one.ids[:end] for one, (end, _) in zip(drawn, ends, strict=True)])
+        is_finished = [is_finished for _, is_finished in ends]
+        self.on_text(f"iteration {iteration + 1}/{self.settings.iterations}: scoring {len(trees)} responses")
+        figures = self._measure(trees)
+        scored = self._score(prompts, scored_trees, is_finished)
+        heldout_R = None
+        if self.heldout is not None:
+            heldout_R = self._by_response(scored_trees, self.heldout.scores)
+            require_finite_scores(heldout_R, prompts, whose="the held-out reward model")
+        return Rollouts(
+            tuple(trees), **figures, score_R=scored.score_R, is_finished_R=torch.tensor(is_finished),
+            heldout_score_R=heldout_R, parts_R=scored.parts_R,
+        )  # fmt: skip
+
+    def _sample(self, prompts: Sequence[Tree], iteration: int) -> list[Sample]:
+        """Sample in shares as the processes have them, each from its own seed, where that is asked for."""
+        settings = self.settings
+        shares = self.num_processes if settings.process_seeds == "rank_offset" else 1
+        drawn: dict[int, Sample] = {}
+
+        def on_batch(done: int) -> None:
+            num = len(drawn) + done
+            self.on_text(f"iteration {iteration + 1}/{settings.iterations}: sampled {num}/{len(prompts)}")
+            if self.should_stop():
+                raise StopRequestedError
+
+        for rank in range(shares):
+            places = range(rank, len(prompts), shares)
+            samples = sample(
+                self.policy.model, [prompts[place].prompt_ids for place in places],
+                SamplingSettings(
+                    max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                    min_new_tokens=settings.min_new_tokens, stops_at_eos=settings.stops_at_eos,
+                ),
+                eos_id=self.chat.eos_id, pad_id=self.chat.pad_id,
+                seed=derive_seed(settings.seed + rank * PROCESS_SEED_STRIDE, "rollout", iteration), on_batch=on_batch,
+            )  # fmt: skip
+            drawn |= dict(zip(places, samples, strict=True))
+        return [drawn[place] for place in range(len(prompts))]
+
+    def _end(self, drawn: Sample) -> tuple[int, bool]:
+        """Return how many tokens of a response are scored, and whether it ended by itself."""
+        truncation = self.settings.truncation
+        if truncation is not None:
+            end = truncated_length(drawn.ids, token_id(truncation.token, self.chat), after=truncation.after)
+        elif not self.settings.stops_at_eos:
+            end = truncated_length(drawn.ids, self.chat.eos_id, after=0)
+        else:
+            return len(drawn.ids), drawn.is_finished
+        return (len(drawn.ids), False) if end is None else (end, True)
+
+    @torch.no_grad()
+    def _measure(self, trees: list[Tree]) -> dict[str, Tensor]:
+        """Compute what policy, reference and value function say of every token, flat in rollout order."""
+        by_index: dict[int, dict[str, Tensor]] = {}
+        for batch in self.layout.batches(trees):
+            if self.should_stop():
+                raise StopRequestedError
+            lengths = batch.lengths_R.tolist()
+            flat = self._of_batch(batch.to(self.policy.model.device))
+            rows = {name: values.float().cpu().split(lengths) for name, values in flat.items()}
+            for place, tree in enumerate(batch.trees):
+                by_index[int(tree.record_id)] = {name: row[place] for name, row in rows.items()}
+        return {name: torch.cat([by_index[index][name] for index in range(len(trees))]) for name in by_index[0]}
+
+    def _of_batch(self, batch: TreeBatch) -> dict[str, Tensor]:
+        temperature = self.settings.temperature
+        ref = ReferenceStates.of(self.reference, batch)
+        head = self.policy.model.get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        hidden_ND = predicting_states(self.policy.model, batch)
+        logp_N, entropy_N = token_logps_from_hidden(
+            hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS,
+            temperature=temperature, with_entropy=True,
+        )  # fmt: skip
+        ref_logp_N, _ = token_logps_from_hidden(
+            ref.hidden_ND, ref.head_weight_VD, batch.label_N, head_bias_V=ref.head_bias_V,
+            chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature,
+        )  # fmt: skip
+        full_kl_N = full_kl_from_hidden(
+            hidden_ND, head.weight, ref.hidden_ND, ref.head_weight_VD, head_bias_V=bias_V,
+            ref_head_bias_V=ref.head_bias_V, chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature,
+        )  # fmt: skip
+        assert entropy_N is not None
+        return {
+            "logp_N": logp_N, "ref_logp_N": ref_logp_N, "entropy_N": entropy_N, "full_kl_N": full_kl_N,
+            "value_N": self.critic.values(batch),
+        }  # fmt: skip
+
+    def _score(self, prompts: Sequence[Tree], trees: list[Tree], is_finished: list[bool]) -> Scored:
+        if self.scorer is not None:
+            scored = self.scorer.score(prompts, trees, is_finished)
+        else:
+            scored = Scored(self._by_response(trees, self.critic.scores))
+        require_finite_scores(scored.score_R, prompts, whose="the reward")
+        return scored
+
+    def _by_response(self, trees: list[Tree], scores: Callable[[TreeBatch], Tensor]) -> Tensor:
+        """Score trees forward by forward; return `(R,)` in their order."""
+        found = torch.zeros(len(trees))
+        for batch in self.layout.batches(trees):
+            if self.should_stop():
+                raise StopRequestedError
+            places = torch.tensor([int(tree.record_id) for tree in batch.trees])
+            found[places] = scores(batch.to(self.policy.model.device)).float().cpu()
+        return found
+
+
+def token_id(token: str | int, chat: ChatTokenizer) -> int:
+    """Return the id of the token that ends responses.
+
+    Raises:
+        ConfigError: The text is not one token, or there is no token of that id.
+    """
+    if isinstance(token, int):
+        if not 0 <= token < len(chat.tokenizer):
+            raise ConfigError(
+                f"ppo.truncation.token = {token}: the tokenizer has ids 0 to {len(chat.tokenizer) - 1}",
+                next_step="give the id of one of its tokens, or the token's text",
+            )
+        return token
+    ids = chat.ids(token)
+    if len(ids) != 1:
+        raise ConfigError(
+            f"ppo.truncation.token = {token!r}: the tokenizer makes {len(ids)} tokens of it",
+            next_step="give a text that is one token, or the token's id",
+        )
+    return ids[0]
+
+
+def require_finite_scores(score_R: Tensor, prompts: Sequence[Tree], *, whose: str) -> None:
+    """Stop where a response's score is NaN or infinite: it would spoil every weight.
+
+    Raises:
+        DivergedError: Naming the rows of the prompts.
+    """
+    odd = [tree.record_id for tree, score in zip(prompts, score_R.tolist(), strict=True) if not abs(score) < torch.inf]
+    if odd:
+        raise DivergedError(
+            f"{whose} gave {len(odd)} of {len(prompts)} responses a score that is not finite; rows: {_named(odd)}",
+            next_step="train the reward model with `precision: fp32`, or look at the rows named above",
+            row_ids=tuple(odd),
+        )
+
+
+def require_prompts(prompts: Sequence[Tree], *, context_tokens: int | None, max_new_tokens: int) -> None:
+    """Refuse prompts that nothing can be sampled after.
+
+    Args:
+        prompts: Trees without responses.
+        context_tokens: Positions that the model knows; None where its configuration does not say.
+        max_new_tokens: Tokens of a response, at most.
+
+    Raises:
+        DataError: Prompts without a token, or too long for a response to follow; the rows are named.
+    """
+    empty = [tree.record_id for tree in prompts if not tree.prompt_ids]
+    if empty:
+        raise DataError(
+            f"{len(empty)} prompts have no token; rows: {_named(empty)}", next_step="keep the filter rule `empty`"
+        )
+    if context_tokens is None:
+        return
+    long = [tree.record_id for tree in prompts if len(tree.prompt_ids) + max_new_tokens > context_tokens]
+    if long:
+        raise DataError(
+            f"{len(long)} prompts leave no room for {max_new_tokens} tokens in the model's context of "
+            f"{context_tokens}; rows: {_named(long)}",
+            next_step=f"set ppo.max_prompt_tokens to {max(context_tokens - max_new_tokens, 0)} at most, "
+            "or lower ppo.max_new_tokens",
+        )
+
+
+def _named(record_ids: list[str]) -> str:
+    shown = ", ".join(record_id[:12] for record_id in record_ids[:SHOWN_ROWS])
+    return shown + (f" and {len(record_ids) - SHOWN_ROWS} more" if len(record_ids) > SHOWN_ROWS else "")
+
+
+def _trees(prompts: Sequence[Tree], responses: Sequence[Sequence[int]]) -> list[Tree]:
+    return [
+        rollout_tree(index, list(tree.prompt_ids), list(ids))
+        for index, (tree, ids) in enumerate(zip(prompts, responses, strict=True))
+    ]
