@@ -1,0 +1,263 @@
+"""RLOO (Ahmadian et al. 2024) and GRPO (Shao et al. 2024): policy gradient on groups of samples.
+
+An iteration draws K samples of each prompt, scores them, and makes `mu * minibatches` optimizer
+steps on them. A sample's advantage is measured by the other samples of its prompt, so there is no
+value function. A prompt and its samples are one prompt tree: the prompt is computed once. As in PPO
+the first step of an iteration does the sampling, and the rollouts are in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from pipeline_lib.errors import DivergedError
+from pipeline_lib.hashing import derive_seed
+from pipeline_lib.losses.group import GroupLoss, grpo_loss, rloo_loss, token_weights
+from pipeline_lib.models.logprobs import token_logps
+from pipeline_lib.models.scoring import Layout
+from pipeline_lib.rl.group_advantage import alike_frac, group_normalized, leave_one_out
+from pipeline_lib.rl.kl import kl_estimate
+from pipeline_lib.rl.rewards import apply_missing_eos
+from pipeline_lib.text.encode import Tree
+from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.forward import training_forward
+from pipeline_lib.training.group import ProcessGroup
+from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
+from pipeline_lib.training.plan import DataPlan, permutation
+from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss
+from pipeline_lib.training.sampling_rollouts import GroupRollouts, GroupSampler
+
+SAMPLES_KEPT = 3
+"""Prompts of each iteration whose first sample is kept for the report."""
+START_TOLERANCE_NATS_PER_TOKEN = 1e-5
+"""How far the KL may be from 0 before the first update."""
+RATIO_TOLERANCE_NATS_PER_TOKEN = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""How far the ratio may be from 1 before the first update: batches of the update are laid out anew."""
+RATIO_TOLERANCE_OF_HALF_PRECISION = 0.05
+
+
+class GroupRecipe:
+    """Trains a policy on groups of its own samples, by RLOO or GRPO as the settings' class says."""
+
+    def __init__(
+        self,
+        sampler: GroupSampler,
+        prompts: Sequence[Tree],
+        *,
+        settings: RlooSettings | GrpoSettings,
+        layout: Layout,
+    ) -> None:
+        """Take what draws and scores samples, the prompts (trees without responses) and the settings."""
+        self.sampler, self.policy = sampler, sampler.policy
+        self.settings, self.layout = settings, layout
+        self.plan = DataPlan.of(prompts, settings)
+        self.num_steps = settings.iterations * settings.steps_per_iteration
+        self.rollouts: GroupRollouts | None = None
+        self.iteration_figures: dict[str, float] = {}
+        self.samples: list[str] = []
+        self._advantage_GK = torch.zeros(0, settings.samples_per_prompt)
+
+    def parameter_groups(self) -> Sequence[ParameterGroup]:
+        """Return the policy's parameters."""
+        return [self.policy.group("policy", learning_rate=self.settings.optimizer.learning_rate)]
+
+    def micro_batches(self, step: int) -> Sequence[TreeBatch]:
+        """Sample where an iteration begins; return the forwards of the step's minibatch."""
+        iteration, place = divmod(step, self.settings.steps_per_iteration)
+        # A stop between sampling and the update leaves a checkpoint with the new rollouts in it.
+        if place == 0 and self.iteration_figures.get("iteration") != iteration:
+            self._take(self._collect_once(iteration))
+            self._finish_iteration(iteration)
+        rollouts = self._current()
+        epoch, minibatch = divmod(place, self.settings.minibatches)
+        order = permutation(len(rollouts.trees), self.settings.seed, "group", iteration, epoch)
+        members = order[minibatch :: self.settings.minibatches]
+        if step == 0 and not bool(self._advantage_GK[members].any()):
+            raise DivergedError(
+                f"in the first step's {len(members)} prompts all samples of a prompt have the same reward: "
+                "there is nothing to learn from",
+                next_step="raise samples_per_prompt, batch_size or temperature, or choose a reward that tells "
+                "samples apart",
+            )
+        return self.layout.batches([rollouts.trees[index] for index in members])
+
+    def training_forward(self, batch: TreeBatch) -> AbstractContextManager[None]:
+        """Return the context of a forward that is trained on."""
+        return training_forward([self.policy.model], batch, gradient_checkpointing=self.settings.gradient_checkpointing)
+
+    def held_out_loss(self) -> None:
+        """Return nothing: the rows are the policy's own samples."""
+
+    def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
+        """Return the batch's share of the step's loss, normalised over the whole step."""
+        rollouts = self._current()
+        members = [int(tree.record_id) for tree in batch.trees]
+        device = batch.label_N.device
+        old_N = _gather(rollouts.by_tree(rollouts.logp_N), members).to(device)
+        ref_N = _gather(rollouts.by_tree(rollouts.ref_logp_N), members).to(device)
+        advantage_R = self._advantage_GK[members].flatten().to(device)
+        new_N = token_logps(self.policy.model, batch, temperature=self.settings.temperature).token_logp_N
+        kl_N = kl_estimate(new_N, ref_N, estimator="k3")
+        found = self._objective(batch, step_batches, new_N, old_N, kl_N, advantage_R)
+        apart_N = (new_N - old_N).detach()
+        tokens, responses = batch.num_counted, batch.num_responses
+        units = responses if isinstance(self.settings, RlooSettings) else tokens
+        # Parts of a sum, not of a mean: their counts add up to 1 over the step.
+        share = tokens / sum(member.num_counted for member in step_batches)
+        figures = {
+            "policy_loss": Figure(float(found.loss_sum.detach()) - found.kl_loss, share),
+            "kl_loss": Figure(found.kl_loss, share),
+            "clip_frac": Figure(found.num_clipped, units),
+            "approx_kl_nats": Figure(float(0.5 * apart_N.square().sum()), tokens),
+            "policy_kl_nats": Figure(float(-apart_N.sum()), tokens),
+            "log_ratio_abs_nats": Figure(float(apart_N.abs().sum()), tokens),
+            "kl_k3_nats_per_token": Figure(float(kl_N.detach().sum()), tokens),
+        }
+        return StepLoss(found.loss_sum, figures)
+
+    def _objective(
+        self,
+        batch: TreeBatch,
+        step_batches: Sequence[TreeBatch],
+        new_N: Tensor,
+        old_N: Tensor,
+        kl_N: Tensor,
+        advantage_R: Tensor,
+    ) -> GroupLoss:
+        settings = self.settings
+        num_responses = sum(member.num_responses for member in step_batches)
+        if isinstance(settings, RlooSettings):
+            logp_R, old_R = batch.sum_by_response(new_N), batch.sum_by_response(old_N)
+            return rloo_loss(logp_R, old_R, advantage_R, num_responses=num_responses, clip_range=settings.clip_range)
+        weight_N = token_weights(
+            batch.lengths_R, norm=settings.loss_norm, num_responses=num_responses,
+            num_tokens=sum(member.num_counted for member in step_batches), constant=settings.max_new_tokens,
+        )  # fmt: skip
+        advantage_N = advantage_R[batch.response_N]
+        return grpo_loss(new_N, old_N, kl_N, advantage_N, weight_N, beta=settings.beta, clip_range=settings.clip_range)
+
+    def after_step(self, step: int) -> dict[str, float]:  # noqa: ARG002
+        """Return the figures of the iteration that the step belongs to."""
+        return self.iteration_figures
+
+    def check_start(self, step: int, figures: Mapping[str, float]) -> None:
+        """Check that nothing has moved yet: ratio 1 and, unless the policy starts anew, KL 0.
+
+        Raises:
+            DivergedError: The policy is not the one that sampled, or not its reference.
+        """
+        rollouts = self._current()
+        tolerance = RATIO_TOLERANCE_NATS_PER_TOKEN.get(self.policy.model.dtype, RATIO_TOLERANCE_OF_HALF_PRECISION)
+        if figures["log_ratio_abs_nats"] > tolerance:
+            raise DivergedError(
+                f"at step {step} the policy differs from itself by {figures['log_ratio_abs_nats']:.2e} nats a token: "
+                "the ratio must be 1 before the first update",
+                next_step="report this as a bug: sampled and trained log-probabilities are not of one network",
+            )
+        apart = float((rollouts.logp_N - rollouts.ref_logp_N).abs().mean())
+        if self.policy.starts_as_reference and apart > START_TOLERANCE_NATS_PER_TOKEN:
+            raise DivergedError(
+                f"at step {step} policy and reference differ by {apart:.2e} nats a token; they must be one model",
+                next_step="the reference must be the model that the policy starts from: report this as a bug",
+            )
+
+    def state(self) -> RecipeState:
+        """Return rollouts, the iteration's figures and the kept samples."""
+        tensors = self.rollouts.tensors() if self.rollouts is not None else {}
+        return RecipeState(tensors, {"samples": self.samples, "iteration_figures": json.dumps(self.iteration_figures)})
+
+    def load_state(self, state: RecipeState) -> None:
+        """Take a checkpoint's state back."""
+        if state.tensors:
+            self._take(GroupRollouts.from_tensors(state.tensors))
+        kept = state.values["samples"]
+        assert isinstance(kept, list)
+        self.samples = [str(row) for row in kept]
+        self.iteration_figures = json.loads(str(state.values["iteration_figures"]))
+
+    def rewards(self, rollouts: GroupRollouts) -> Tensor:
+        """Return what the advantages are made of, `(G, K)`: scores after the missing-EOS rule, for RLOO less the KL."""
+        score_R = apply_missing_eos(
+            rollouts.score_R, rollouts.is_finished_R,
+            mode=self.settings.missing_eos, value=self.settings.missing_eos_value,
+        )  # fmt: skip
+        if isinstance(self.settings, RlooSettings):
+            score_R = score_R - self.settings.beta * _kl_R(rollouts)
+        return rollouts.groups(score_R)
+
+    def _take(self, rollouts: GroupRollouts) -> None:
+        """Make rollouts the present ones; their advantages are a function of them."""
+        self.rollouts = rollouts
+        reward_GK = self.rewards(rollouts)
+        if isinstance(self.settings, RlooSettings):
+            self._advantage_GK = leave_one_out(reward_GK)
+        else:
+            self._advantage_GK = group_normalized(reward_GK, scale=self.settings.scale)
+
+    def _current(self) -> GroupRollouts:
+        assert self.rollouts is not None, "an iteration begins with rollouts"
+        return self.rollouts
+
+    def _collect_once(self, iteration: int) -> GroupRollouts:
+        """Sample in the first process and hand the same rollouts to all."""
+        group = ProcessGroup()
+        rollouts = None
+        if group.is_first:
+            seed = derive_seed(self.settings.seed, "rollout", iteration)
+            where = f"iteration {iteration + 1}/{self.settings.iterations}"
+            rollouts = self.sampler.collect(self.plan.full_batch(iteration), seed=seed, where=where)
+        shared = group.from_first(rollouts)
+        assert shared is not None
+        return shared
+
+    def _finish_iteration(self, iteration: int) -> None:
+        """Measure the rollouts, and guard against KL explosion."""
+        rollouts = self._current()
+        reward_GK = self.rewards(rollouts)
+        kl_R = _kl_R(rollouts)
+        kl_nats = float(kl_R.mean())
+        self.iteration_figures = {
+            "iteration": float(iteration),
+            "ref_kl_nats": kl_nats,
+            "score": float(rollouts.score_R.mean()),
+            "score_std": float(rollouts.score_R.std(unbiased=False)),
+            "rlhf_reward": float(rollouts.score_R.mean()) - self.settings.beta * kl_nats,
+            "group_std": float(reward_GK.std(1).mean()),
+            "alike_frac": alike_frac(reward_GK),
+            "best_in_group": float(rollouts.groups(rollouts.score_R).amax(1).mean()),
+            "entropy_nats": float(rollouts.entropy_N.mean()),
+            "response_tokens": sum(rollouts.lengths_R) / len(rollouts.lengths_R),
+            "finished_frac": float(rollouts.is_finished_R.float().mean()),
+        }
+        self._keep_samples(iteration, rollouts)
+        if kl_nats > self.settings.max_kl_nats:
+            raise DivergedError(
+                f"KL explosion in iteration {iteration + 1}: {kl_nats:.1f} nats a response from the reference, "
+                f"the limit is {self.settings.max_kl_nats:.1f}",
+                next_step="raise beta, or lower optimizer.learning_rate or mu",
+            )
+
+    def _keep_samples(self, iteration: int, rollouts: GroupRollouts) -> None:
+        chat = self.sampler.chat
+        for tree, scores_K in list(zip(rollouts.trees, rollouts.groups(rollouts.score_R), strict=True))[:SAMPLES_KEPT]:
+            row = {
+                "iteration": iteration,
+                "prompt": chat.decode(list(tree.prompt_ids)),
+                "response": chat.decode(list(tree.response_ids[0])),
+                "score": float(scores_K[0]),
+            }
+            self.samples.append(json.dumps(row, ensure_ascii=False, sort_keys=True))
+
+
+def _kl_R(rollouts: GroupRollouts) -> Tensor:
+    """Return log pi - log pi_ref of each response, `(R,)`, nats: the k1 estimate of its KL."""
+    return torch.stack([row.sum() for row in rollouts.by_response(rollouts.logp_N - rollouts.ref_logp_N)])
+
+
+def _gather(rows: list[Tensor], members: list[int]) -> Tensor:
+    return torch.cat([rows[index] for index in members])
