@@ -24,6 +24,10 @@ RATE_AFTER_BREACH = 0.5
 """Factor on the learning rate once a limit was breached."""
 MAX_BREACHES = 2
 """The breach that ends the training."""
+_VALUES = (
+    "breaches", "good_iteration", "best_iteration", "best_reward", "first_tokens", "best_heldout", "is_at_good",
+    "good_is_start", "best_is_start",
+)  # fmt: skip
 
 
 class CircuitBreaker:
@@ -36,6 +40,10 @@ class CircuitBreaker:
         """What every breach so far was, in words."""
         self.good_iteration = self.best_iteration = -1
         self.best_reward = self.first_tokens = self.best_heldout = 0.0
+        self.is_at_good = False
+        """True from a return to the last good state to the next measurement."""
+        self.good_is_start = self.best_is_start = False
+        """True where that state is the one that training started from."""
         self._good: dict[str, Tensor] = {}
         self._best: dict[str, Tensor] = {}
         self._groups: list[ParameterGroup] = []
@@ -52,6 +60,11 @@ class CircuitBreaker:
     def rate_factor(self) -> float:
         """The factor on every learning rate."""
         return RATE_AFTER_BREACH if self.breaches else 1.0
+
+    @property
+    def has_ended(self) -> bool:
+        """True once a breach ended the training."""
+        return len(self.breaches) >= MAX_BREACHES
 
     def breach(self, figures: Mapping[str, float]) -> str | None:
         """Return which limit an iteration's figures are past, in words; None where they are within all.
@@ -98,9 +111,12 @@ class CircuitBreaker:
         if held_out is not None:
             self.best_heldout = held_out if self.good_iteration < 0 else max(self.best_heldout, held_out)
         reward = figures["rlhf_reward"] if held_out is None else held_out
+        is_start = self.good_iteration < 0 or (self.is_at_good and self.good_is_start)
+        self.is_at_good, self.good_is_start = False, is_start
         weights = {f"weights/{key}": parameter.detach().clone() for key, parameter in self._parameters()}
         if self.best_iteration < 0 or reward > self.best_reward:
             self.best_iteration, self.best_reward, self._best = iteration, reward, weights
+            self.best_is_start = is_start
         moments = {
             f"moments/{key}#{slot}": torch.as_tensor(value).detach().clone()
             for key, parameter in self._parameters()
@@ -128,7 +144,7 @@ class CircuitBreaker:
                 next_step="set this limit of ppo.breaker so that the starting model is within it, or null",
             )
         self.breaches.append(told)
-        if len(self.breaches) >= MAX_BREACHES:
+        if self.has_ended:
             raise TrainingEndedError(
                 f"stopped by the circuit breaker, {'; '.join(self.breaches)}; "
                 f"the result is the state before iteration {self.best_iteration + 1}"
@@ -143,6 +159,7 @@ class CircuitBreaker:
 
     @torch.no_grad()
     def _restore_good(self) -> None:
+        self.is_at_good = True
         for key, parameter in self._parameters():
             parameter.copy_(self._good[f"weights/{key}"])
             prefix = f"moments/{key}#"
@@ -164,14 +181,13 @@ class CircuitBreaker:
 
     def values(self) -> str:
         """Return the rest as JSON, for a checkpoint."""
-        names = ("breaches", "good_iteration", "best_iteration", "best_reward", "first_tokens", "best_heldout")
-        return json.dumps({name: getattr(self, name) for name in names})
+        return json.dumps({name: getattr(self, name) for name in _VALUES})
 
     def load(self, tensors: Mapping[str, Tensor], values: str) -> None:
         """Take a checkpoint's state back."""
         loaded: dict[str, Any] = json.loads(values)
-        for name, value in loaded.items():
-            setattr(self, name, value)
+        for name in _VALUES:
+            setattr(self, name, loaded[name])
         device = next(parameter.device for _, parameter in self._parameters())
         moved = {key: value.to(device) for key, value in tensors.items()}
         self._good = {key.removeprefix("good/"): value for key, value in moved.items() if key.startswith("good/")}

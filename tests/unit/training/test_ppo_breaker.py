@@ -110,6 +110,7 @@ def test_the_first_breach_goes_back_and_halves_the_rate(
     assert {float(state["step"]) for state in loop.optimizer.state.values()} == {12.0}
     assert recipe.breaker is not None
     assert recipe.breaker.breaches == ["iteration 3: too far"]
+    assert not recipe.breaker.good_is_start
 
 
 def test_going_back_to_the_start_forgets_the_moments(
@@ -122,6 +123,8 @@ def test_going_back_to_the_start_forgets_the_moments(
     loop = world.loop(recipe, chosen)
     loop.run()
     assert same(seen[2], start)
+    assert recipe.breaker is not None
+    assert (recipe.breaker.good_is_start, recipe.breaker.best_is_start) == (True, True)
     assert {float(state["step"]) for state in loop.optimizer.state.values()} == {4.0}
 
 
