@@ -8,23 +8,22 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
-from pydantic import BaseModel
 
+from flows.candidates import Material, train_candidates
+from flows.stage_runs import Stages
 from pipeline_lib.hashing import sha256_json
 from pipeline_lib.schema import ArtifactRef, Verdict
 from pipeline_lib.stages.collect import pin_sources
+from pipeline_lib.stages.iterate import RoundStart
 from pipeline_lib.stages.memory import check_memory
 from pipeline_lib.stages.places import open_places
-from pipeline_lib.stages.ppo import PpoConfig
-from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.pretraining import pin_pretraining
 from pipeline_lib.stages.promote import Promotion, incumbent
 from pipeline_lib.stages.report import ReportConfig
-from pipeline_lib.stages.run_config import Candidate, RunConfig
+from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.validation import Frozen
 from tasks.promotion import promote_winner
 from tasks.services import Services, open_services
-from tasks.stage_task import run_stage
 
 
 class AlignResult(Frozen):
@@ -37,55 +36,32 @@ class AlignResult(Frozen):
     winner_uri: str | None
     reward_models: dict[str, ArtifactRef]
     """The further reward models of the run, by name."""
-
-
-class _Stages:
-    """The stages of one flow run, called by name."""
-
-    def __init__(self, config: RunConfig, services: Services) -> None:
-        self.config, self.services = config, services
-
-    def __call__(self, stage: str, config: BaseModel, **inputs: ArtifactRef) -> ArtifactRef:
-        """Run a stage and wait for its artifact."""
-        return self.named(stage, stage, config, inputs)
-
-    def named(self, name: str, stage: str, config: BaseModel, inputs: dict[str, ArtifactRef]) -> ArtifactRef:
-        """Run a stage as a task run of a name of its own."""
-        state: State[ArtifactRef] = run_stage(stage, config, inputs, self.services, name, return_state=True)
-        return state.result()
-
-    def together(self, jobs: dict[str, tuple[Candidate, dict[str, ArtifactRef]]]) -> dict[str, ArtifactRef]:
-        """Train candidates, which do not depend on each other, side by side where the run allows it."""
-        if self.services.runtime.max_parallel_stages == 1:
-            return {name: self.named(name, config.method, config, inputs) for name, (config, inputs) in jobs.items()}
-        futures = {
-            name: run_stage.submit(config.method, config, inputs, self.services, name)
-            for name, (config, inputs) in jobs.items()
-        }
-        return {name: future.result() for name, future in futures.items()}
+    artifacts: dict[str, ArtifactRef]
+    """Data set, SFT model, reward model, verdict, report and candidates, by role."""
 
 
 @flow(name="align", flow_run_name="{config.name}", persist_result=False)
-def align(config: RunConfig = RunConfig()) -> AlignResult:  # noqa: B008  (fills the form in Prefect's UI)
+def align(config: RunConfig = RunConfig(), start: RoundStart | None = None) -> AlignResult:  # noqa: B008  (the form)
     """Align a language model with human preferences and promote it where the evidence allows.
 
     Args:
         config: Everything about the run, one section a stage.
+        start: Where the run is one round of several: its number, and what it goes on from.
     """
     runtime = config.runtime
     with open_services(runtime, experiment=config.name) as services:
-        _start_tracking(config, services)
+        _start_tracking(config, services, start)
         status = "FAILED"
         try:
-            result = _run(config, services)
+            result = _run(config, services, start)
             status = "FINISHED"
         finally:
             services.tracker.finish(status, {})
     return result
 
 
-def _run(config: RunConfig, services: Services) -> AlignResult:
-    stage = _Stages(config, services)
+def _run(config: RunConfig, services: Services, start: RoundStart | None) -> AlignResult:
+    stage = Stages(services)
     base = stage("base_model", config.model)
     check_memory(config, base, services.store)
     rows = stage("collect", pin_sources(config.collect, open_places(services.store)))
@@ -93,13 +69,12 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
     if config.sample.max_prompts > 0:
         dataset = stage("sample", config.sample, base_model=base, dataset=dataset)
 
-    sft = stage("sft", pin_pretraining(config.sft, open_places(services.store)), base_model=base, dataset=dataset)
-    reward = stage("reward", config.reward, sft_model=sft, dataset=dataset)
+    sft, reward = _sft_and_reward(config, stage, start or RoundStart(), base=base, dataset=dataset)
     rewards = {
         name: stage.named(f"reward:{name}", "reward", further, {"sft_model": sft, "dataset": dataset})
         for name, further in config.reward_models.items()
     }
-    candidates = _train_candidates(config, stage, base=base, sft=sft, reward=reward, dataset=dataset)
+    candidates = train_candidates(config, stage, Material(base=base, sft=sft, reward=reward, dataset=dataset))
 
     champion = incumbent(services.store, config.promote.model_name, list(candidates.values()))
     models = {"base": base, "sft": sft, **candidates, **({"champion": champion} if champion else {})}
@@ -113,50 +88,57 @@ def _run(config: RunConfig, services: Services) -> AlignResult:
     gate = config.gate.model_copy(update={"candidates": tuple(candidates)})
     verdict_ref = stage.named("gate", "gate", gate, {"reward_model": reward, **evidence})
     promoted: State[Promotion] = promote_winner(
-        config.promote, verdict_ref, services, _version_tags(config, dataset), return_state=True
+        config.promote, verdict_ref, services, _version_tags(config, dataset, start), return_state=True
     )
     promotion = promoted.result()
-    shown = ReportConfig(name=config.name, promotes=config.promote.enabled)
+    shown = ReportConfig(name=_label(config, start), promotes=config.promote.enabled)
     report = stage("report", shown, verdict=verdict_ref, dataset=dataset)
-    return _finish(config, services, verdict_ref, promotion, report, rewards)
+    made = {"dataset": dataset, "sft_model": sft, "reward_model": reward, "verdict": verdict_ref, "report": report}
+    made |= {f"candidate:{name}": model for name, model in candidates.items()}
+    return _finish(_label(config, start), services, promotion, rewards, made)
 
 
-def _train_candidates(
-    config: RunConfig, stage: _Stages, *, base: ArtifactRef, sft: ArtifactRef, reward: ArtifactRef, dataset: ArtifactRef
-) -> dict[str, ArtifactRef]:
-    """Train the candidates, each from the SFT model unless it says otherwise, side by side where allowed."""
-    jobs: dict[str, tuple[Candidate, dict[str, ArtifactRef]]] = {}
-    for name, candidate in config.all_candidates().items():
-        inputs = {"sft_model": sft, "dataset": dataset}
-        if isinstance(candidate, PreferenceConfig):
-            inputs["sft_model"] = base if candidate.start_from == "base" else sft
-            if candidate.needs_reference:
-                task = "reference_logps" if name == "dpo" else f"reference_logps:{name}"
-                inputs["reference_logps"] = stage.named(task, "reference_logps", candidate.reference_logps(), inputs)
-        if isinstance(candidate, PpoConfig):
-            inputs["reward_model"] = reward
-        jobs[name] = (pin_pretraining(candidate, open_places(stage.services.store)), inputs)
-    return stage.together(jobs)
+def _label(config: RunConfig, start: RoundStart | None) -> str:
+    """Return the name of the run, or of its round."""
+    return config.name if start is None else start.label(config.name)
 
 
-def _start_tracking(config: RunConfig, services: Services) -> None:
+def _sft_and_reward(
+    config: RunConfig, stage: Stages, start: RoundStart, *, base: ArtifactRef, dataset: ArtifactRef
+) -> tuple[ArtifactRef, ArtifactRef]:
+    """Train the SFT model and the reward model; a further round only those that its schedule says."""
+    retrain = config.iterate.retrain
+    if start.model is None or "sft" in retrain:
+        pinned = pin_pretraining(config.sft, open_places(stage.services.store))
+        sft = stage("sft", pinned, base_model=start.model or base, dataset=dataset)
+    else:
+        sft = start.model
+    if start.reward_model is None or "reward" in retrain:
+        return sft, stage("reward", config.reward, sft_model=sft, dataset=dataset)
+    return sft, start.reward_model
+
+
+def _start_tracking(config: RunConfig, services: Services, start: RoundStart | None) -> None:
     tags = {"prefline.config_sha256": _config_sha256(config)}
+    if start is not None:
+        tags["prefline.round"] = str(start.number)
     if flow_run.id:
         tags |= {
             "prefect.flow_run_id": str(flow_run.id),
             "prefect.deployment": str(deployment.id or ""),
         }
-    services.tracker.start(config.name, params={"config": config.name, "base_model": config.model.source}, tags=tags)
+    params = {"config": config.name, "base_model": config.model.source}
+    services.tracker.start(_label(config, start), params=params, tags=tags)
 
 
 def _config_sha256(config: RunConfig) -> str:
     return sha256_json(config.model_dump(mode="json", exclude={"runtime"}))
 
 
-def _version_tags(config: RunConfig, dataset: ArtifactRef) -> dict[str, str]:
+def _version_tags(config: RunConfig, dataset: ArtifactRef, start: RoundStart | None) -> dict[str, str]:
     """Return the tags by which a version leads back to its data and configuration."""
     return {
-        "prefline.run": config.name,
+        "prefline.run": _label(config, start),
         "prefline.config_sha256": _config_sha256(config),
         "prefline.dataset_id": dataset.id,
         "prefect.flow_run_id": str(flow_run.id or ""),
@@ -164,23 +146,18 @@ def _version_tags(config: RunConfig, dataset: ArtifactRef) -> dict[str, str]:
 
 
 def _finish(
-    config: RunConfig,
-    services: Services,
-    verdict_ref: ArtifactRef,
-    promotion: Promotion,
-    report: ArtifactRef,
-    rewards: dict[str, ArtifactRef],
+    label: str, services: Services, promotion: Promotion, rewards: dict[str, ArtifactRef], made: dict[str, ArtifactRef]
 ) -> AlignResult:
     """Put the report where people look for it, and gather the result."""
-    directory = config.runtime.home.absolute() / "reports" / config.name
-    services.store.fetch(report, directory)
+    directory = services.runtime.home.absolute() / "reports" / label
+    services.store.fetch(made["report"], directory)
     path = directory / "report.html"
     services.tracker.log_file(path)
-    verdict = Verdict.model_validate(services.store.read_json(verdict_ref, "verdict.json"))
-    create_markdown_artifact(_markdown(verdict, promotion, path), key="verdict", description=f"Gate: {config.name}")
+    verdict = Verdict.model_validate(services.store.read_json(made["verdict"], "verdict.json"))
+    create_markdown_artifact(_markdown(verdict, promotion, path), key="verdict", description=f"Gate: {label}")
     return AlignResult(
-        verdict=verdict, promotion=promotion, report=report, report_path=path, reward_models=rewards,
-        winner_uri=services.store.uri(promotion.model) if promotion.model else None,
+        verdict=verdict, promotion=promotion, report=made["report"], report_path=path, reward_models=rewards,
+        winner_uri=services.store.uri(promotion.model) if promotion.model else None, artifacts=made,
     )  # fmt: skip
 
 

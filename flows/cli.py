@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,27 +36,33 @@ _TYPER_INTERRUPTED = 130
 @app.command()
 def run(config: Config, overrides: Overrides = None, home: OptionalHome = None) -> None:
     """Run the pipeline, or what is left of it, and print what came out."""
-    from flows.embedded import prefect_api
-    from tasks.progress import console
-
     loaded = _load(config, [*(overrides or []), *([f"runtime.home={home}"] if home is not None else [])])
-    home = loaded.runtime.home
     started = time.monotonic()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    with _interruptible(), prefect_api(home):
-        from prefect.events.worker import EventsWorker
-        from prefect.logging.handlers import APILogWorker
-
+    with _flow_services(loaded.runtime.home):
         from flows.align import align
 
-        console.start()
-        try:
-            result = align(loaded)
-        finally:
-            console.stop()
-            APILogWorker.drain_all()  # before the embedded server ends
-            EventsWorker.drain_all()
+        result = align(loaded)
     print(_summary(result, seconds=time.monotonic() - started))
+
+
+@app.command()
+def iterate(
+    config: Config,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in all; those that are finished are not run again.")] = 2,
+    overrides: Overrides = None,
+    home: OptionalHome = None,
+) -> None:
+    """Run the pipeline in rounds, each from the model that the one before led to."""
+    loaded = _load(config, [*(overrides or []), *([f"runtime.home={home}"] if home is not None else [])])
+    with _flow_services(loaded.runtime.home):
+        from flows.iterate import iterate as iterate_flow
+
+        results = iterate_flow(loaded, rounds)
+    for result in results:
+        print(f"Round {result.start.number}: {result.status.replace('_', ' ')} ({result.reason})")
+        print(f"  from {result.start.model or 'the base model'} to {result.model or 'the base model again'}")
+    if results[-1].model is not None:
+        print(f"Next:\n  prefline explain {results[-1].model.id[:12]}     the model's lineage, through all rounds")
 
 
 @app.command("show-config")
@@ -202,6 +210,26 @@ def _load(config: str, overrides: list[str]) -> Any:
     from pipeline_lib.stages.run_config import RunConfig
 
     return load(find_config(config), RunConfig, overrides).value
+
+
+@contextlib.contextmanager
+def _flow_services(home: Path) -> Iterator[None]:
+    """Hold what a flow needs while the block runs: Prefect's API, bars on the terminal, Ctrl-C that commits."""
+    from flows.embedded import prefect_api
+    from tasks.progress import console
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with _interruptible(), prefect_api(home):
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        console.start()
+        try:
+            yield
+        finally:
+            console.stop()
+            APILogWorker.drain_all()  # before the embedded server ends
+            EventsWorker.drain_all()
 
 
 class _interruptible:  # noqa: N801  (reads as a verb at its place)

@@ -80,6 +80,23 @@ def load(path: Path, model: type[ModelT], overrides: list[str] | None = None) ->
     return Loaded(validate(model, tree, where=str(path)), origins)
 
 
+def changed(config: ModelT, changes: Mapping[str, Any], *, where: str) -> ModelT:
+    """Return a configuration with some values replaced.
+
+    Args:
+        config: A valid configuration.
+        changes: New values by dotted key, as `--set` has them.
+        where: Where the changes are from, for messages.
+
+    Raises:
+        ConfigError: A key is not there, or a value does not fit.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in changes.items():
+        _put(tree, key.split("."), value, where=f"{where}: {key}")
+    return validate(type(config), tree, where=where)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML file as a mapping.
 

@@ -53,7 +53,7 @@ class Response(Frozen):
     content: str
     author: Author = Author()
     score: float | None = Field(None, allow_inf_nan=False)
-    """What people gave it (a rating, upvotes), higher is better; not a model's score."""
+    """What people gave it (a rating, upvotes), or the reward model of a rollout; higher is better."""
 
 
 class Origin(Frozen):

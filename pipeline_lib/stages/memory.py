@@ -8,6 +8,7 @@ from pipeline_lib.errors import MemoryLimitError
 from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.storage.store import ArtifactStore
+from pipeline_lib.training.group_settings import GroupSettings
 from pipeline_lib.training.settings import PpoSettings, TrainingSettings
 
 GIB = 1 << 30
@@ -67,6 +68,8 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
 
 def _copies(settings: TrainingSettings) -> int:
     """Count the backbones that a candidate's training holds: PPO has a critic, and references where weights train."""
+    if isinstance(settings, GroupSettings):
+        return 2  # policy and reward model; where all weights train, what is frozen counts for the rest
     if not isinstance(settings, PpoSettings):
         return 1
     return 2 if settings.adapter is not None else 4

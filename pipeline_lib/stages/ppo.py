@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
+from pipeline_lib.stages.names import Name
 from pipeline_lib.training.settings import PpoSettings
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ class PpoConfig(PpoSettings):
 
     method: Literal["ppo"] = "ppo"
     """The method of this candidate."""
+    start_from: Name = "sft"
+    """The model that is trained, and the reference: `sft`, `base`, or another candidate by name."""
 
 
 def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput:

@@ -10,6 +10,7 @@ from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.registry import PluginSpec
 from pipeline_lib.schema import Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
+from pipeline_lib.stages.names import Name
 from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig, weights_of
 from pipeline_lib.training.settings import OfflineSettings
 
@@ -29,8 +30,9 @@ class PreferenceConfig(OfflineSettings):
     """The method of this candidate."""
     loss: Annotated[PluginSpec, AfterValidator(_complete)] = Field({"name": "dpo"}, validate_default=True)
     """The objective and its parameters; `prefline list losses` prints them all."""
-    start_from: Literal["sft", "base"] = "sft"
-    """The model that is trained, and the reference; base for losses that do without SFT, such as ORPO."""
+    start_from: Name = "sft"
+    """The model that is trained, and the reference: `sft`, another candidate by name, or `base` for losses
+    that do without SFT, such as ORPO."""
 
     @property
     def objective(self) -> Any:

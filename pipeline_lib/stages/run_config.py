@@ -13,19 +13,31 @@ from pipeline_lib.stages.conditional import ConditionalConfig
 from pipeline_lib.stages.evaluate import EvaluateConfig
 from pipeline_lib.stages.filter import FilterConfig
 from pipeline_lib.stages.gate import GateConfig
+from pipeline_lib.stages.group import GrpoConfig, RlooConfig
+from pipeline_lib.stages.iterate import IterateConfig
+from pipeline_lib.stages.names import Name
 from pipeline_lib.stages.ppo import PpoConfig
 from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.promote import PromoteConfig
 from pipeline_lib.stages.reward import RewardConfig
+from pipeline_lib.stages.rounds_config import BestOfNConfig, IteratedDpoConfig, RaftConfig, SdfConfig
 from pipeline_lib.stages.sample import SampleConfig
 from pipeline_lib.stages.sft import SftConfig
 from pipeline_lib.validation import Frozen
 
-Candidate = Annotated[PreferenceConfig | ConditionalConfig | PpoConfig, Field(discriminator="method")]
+Candidate = Annotated[
+    PreferenceConfig
+    | ConditionalConfig
+    | PpoConfig
+    | RlooConfig
+    | GrpoConfig
+    | RaftConfig
+    | BestOfNConfig
+    | SdfConfig
+    | IteratedDpoConfig,
+    Field(discriminator="method"),
+]
 """What trains a candidate; its `method` says which."""
-
-Name = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_-]{0,30}$")]
-"""Name of a candidate or a reward model."""
 
 RESERVED_NAMES = frozenset({"base", "sft", "champion", "dpo", "ppo"})
 """Names that further candidates cannot have."""
@@ -79,6 +91,8 @@ class RunConfig(Frozen):
     """What a candidate must show."""
     promote: PromoteConfig = PromoteConfig()
     """Where a passing candidate goes."""
+    iterate: IterateConfig = IterateConfig()
+    """Further rounds of the whole loop, where they are asked for."""
     runtime: RuntimeConfig = RuntimeConfig()
     """How the run is carried out; changes no result."""
 
@@ -103,7 +117,26 @@ class RunConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _starts_are_there(self) -> Self:
+        starts = {name: start_of(candidate) for name, candidate in self.all_candidates().items()}
+        for name, start in starts.items():
+            if start not in {"base", "sft", *starts}:
+                raise ValueError(f"{name}.start_from: there is no candidate {start!r}; take sft, base or a candidate")
+            passed = [name]
+            while start in starts:
+                if start in passed:
+                    raise ValueError(f"{name}.start_from: {' -> '.join([*passed, start])} goes round in a circle")
+                passed.append(start)
+                start = starts[start]
+        return self
+
     def all_candidates(self) -> dict[str, Candidate]:
         """Return every candidate of the run by name, `dpo` and `ppo` first."""
         named = {"dpo": self.dpo, "ppo": self.ppo, **self.candidates}
         return {name: config for name, config in named.items() if config is not None}
+
+
+def start_of(candidate: Candidate) -> str:
+    """Return what a candidate's training starts from: `sft`, `base`, or another candidate's name."""
+    return str(getattr(candidate, "start_from", "sft"))  # methods without the choice start from SFT

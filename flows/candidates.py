@@ -1,0 +1,88 @@
+"""How the candidates of a run are trained: one stage each, or a chain of rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flows.stage_runs import Jobs, Stages
+from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.stages.group import GrpoConfig, RlooConfig
+from pipeline_lib.stages.places import open_places
+from pipeline_lib.stages.ppo import PpoConfig
+from pipeline_lib.stages.preference import PreferenceConfig
+from pipeline_lib.stages.pretraining import pin_pretraining
+from pipeline_lib.stages.rounds_config import IteratedDpoConfig, RejectionSettings, RoundsSettings
+from pipeline_lib.stages.run_config import Candidate, RunConfig, start_of
+
+
+@dataclass(frozen=True)
+class Material:
+    """What candidates are trained from and on."""
+
+    base: ArtifactRef
+    sft: ArtifactRef
+    reward: ArtifactRef
+    dataset: ArtifactRef
+
+
+def train_candidates(config: RunConfig, stage: Stages, material: Material) -> dict[str, ArtifactRef]:
+    """Train every candidate, one that starts from another after it, the others side by side where allowed."""
+    trained = {"base": material.base, "sft": material.sft}
+    waiting = dict(config.all_candidates())
+    while waiting:
+        ready = {name: each for name, each in waiting.items() if start_of(each) in trained}
+        jobs: Jobs = {}
+        for name, candidate in ready.items():
+            if not isinstance(candidate, RoundsSettings):
+                start = trained[start_of(candidate)]
+                jobs[name] = _job(name, candidate, stage, start=start, material=material)
+        trained |= stage.together(jobs)
+        for name, candidate in ready.items():
+            if isinstance(candidate, RoundsSettings):
+                start = trained[start_of(candidate)]
+                trained[name] = _train_in_rounds(name, candidate, stage, start=start, material=material)
+            del waiting[name]
+    return {name: trained[name] for name in config.all_candidates()}
+
+
+def _job(
+    name: str, candidate: Candidate, stage: Stages, *, start: ArtifactRef, material: Material
+) -> tuple[str, Candidate, dict[str, ArtifactRef]]:
+    """Return the stage that trains a candidate; what the reference says is computed before it."""
+    inputs = {"sft_model": start, "dataset": material.dataset}
+    if isinstance(candidate, PreferenceConfig):
+        task = "reference_logps" if name == "dpo" else f"reference_logps:{name}"
+        inputs |= _reference(task, candidate, stage, inputs)
+    if isinstance(candidate, PpoConfig | RlooConfig | GrpoConfig):
+        inputs["reward_model"] = material.reward
+    return candidate.method, pin_pretraining(candidate, open_places(stage.services.store)), inputs
+
+
+def _reference(
+    task: str, config: PreferenceConfig, stage: Stages, inputs: dict[str, ArtifactRef]
+) -> dict[str, ArtifactRef]:
+    if not config.needs_reference:
+        return {}
+    return {"reference_logps": stage.named(task, "reference_logps", config.reference_logps(), inputs)}
+
+
+def _train_in_rounds(
+    name: str, config: RoundsSettings, stage: Stages, *, start: ArtifactRef, material: Material
+) -> ArtifactRef:
+    """Sample, score and train, round after round; returns the model of the last one."""
+    model = start
+    earlier: dict[str, ArtifactRef] = {}
+    for number in range(1, config.rounds + 1):
+        at = f"{name}:round-{number}"
+        inputs = {"model": model, "reward_model": material.reward, "dataset": material.dataset, **earlier}
+        rows = stage.named(f"{at}:rollouts", "rollouts", config.rollouts(number), inputs)
+        if isinstance(config, RejectionSettings):
+            earlier = {"earlier": rows} if config.keep == "all" else {}
+            trained = start if config.train_from == "start" else model
+            model = stage.named(f"{at}:sft", "sft", config.sft(), {"base_model": trained, "dataset": rows})
+        else:
+            assert isinstance(config, IteratedDpoConfig)
+            training, inputs = config.preference(), {"sft_model": model, "dataset": rows}
+            inputs |= _reference(f"{at}:reference_logps", training, stage, inputs)
+            model = stage.named(f"{at}:preference", "preference", training, inputs)
+    return model
