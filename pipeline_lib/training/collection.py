@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pipeline_lib.errors import ConfigError, DataError, DivergedError
+from pipeline_lib.errors import ConfigError, DataError, DivergedError, RewardError
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
 from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states
@@ -45,7 +45,20 @@ class Scored:
     score_R: Tensor
     """One score a response, in the order given."""
     parts_R: dict[str, Tensor] = field(default_factory=dict)
-    """What the score is made of, by name; each becomes a figure `reward/<name>`."""
+    """What the score is made of, by name, a number a response or one of all; each becomes a figure `reward/<name>`."""
+    kept: tuple[int, ...] | None = None
+    """Places of the responses that have a score, ascending; the others are left out. None: all."""
+
+
+@runtime_checkable
+class RemembersScores(Protocol):
+    """A scorer whose scores depend on earlier ones."""
+
+    def state(self) -> str:
+        """Return what a checkpoint must hold."""
+
+    def load_state(self, state: str) -> None:
+        """Take a checkpoint's state back."""
 
 
 class ResponseScorer(Protocol):
@@ -84,19 +97,35 @@ class Collector:
 
         Raises:
             DivergedError: A score is not finite; the rows are named.
+            RewardError: Too few responses could be scored.
             StopRequestedError: The process was asked to end.
         """
+        before = self.scorer.state() if isinstance(self.scorer, RemembersScores) else None
+        try:
+            return self._collect(prompts, iteration)
+        except StopRequestedError:
+            # The next process scores these responses anew: they must not count twice in what is remembered.
+            if isinstance(self.scorer, RemembersScores) and before is not None:
+                self.scorer.load_state(before)
+            raise
+
+    def _collect(self, prompts: Sequence[Tree], iteration: int) -> Rollouts:
         drawn = self._sample(prompts, iteration)
         ends = [self._end(one) for one in drawn]
         truncation = self.settings.truncation
         is_cut = truncation is not None and not truncation.keep_rest
         trained = [one.ids[:end] if is_cut else one.ids for one, (end, _) in zip(drawn, ends, strict=True)]
-        trees = _trees(prompts, trained)
         scored_trees = _trees(prompts, [one.ids[:end] for one, (end, _) in zip(drawn, ends, strict=True)])
         is_finished = [is_finished for _, is_finished in ends]
-        self.on_text(f"iteration {iteration + 1}/{self.settings.iterations}: scoring {len(trees)} responses")
-        figures = self._measure(trees)
+        self.on_text(f"iteration {iteration + 1}/{self.settings.iterations}: scoring {len(prompts)} responses")
         scored = self._score(prompts, scored_trees, is_finished)
+        if scored.kept is not None:
+            kept = self._enough(scored.kept)
+            prompts, trained = [prompts[place] for place in kept], [trained[place] for place in kept]
+            scored_trees = _trees(prompts, [scored_trees[place].response_ids[0] for place in kept])
+            is_finished = [is_finished[place] for place in kept]
+        trees = _trees(prompts, trained)
+        figures = self._measure(trees)
         heldout_R = None
         if self.heldout is not None:
             heldout_R = self._by_response(scored_trees, self.heldout.scores)
@@ -186,8 +215,17 @@ class Collector:
             scored = self.scorer.score(prompts, trees, is_finished)
         else:
             scored = Scored(self._by_response(trees, self.critic.scores))
-        require_finite_scores(scored.score_R, prompts, whose="the reward")
+        kept = prompts if scored.kept is None else [prompts[place] for place in scored.kept]
+        require_finite_scores(scored.score_R, kept, whose="the reward")
         return scored
+
+    def _enough(self, kept: tuple[int, ...]) -> tuple[int, ...]:
+        if len(kept) < self.settings.minibatches:
+            raise RewardError(
+                f"{len(kept)} responses have a score, too few for {self.settings.minibatches} minibatches",
+                next_step="correct the reward sources, raise ppo.batch_size or lower ppo.minibatches",
+            )
+        return kept
 
     def _by_response(self, trees: list[Tree], scores: Callable[[TreeBatch], Tensor]) -> Tensor:
         """Score trees forward by forward; return `(R,)` in their order."""

@@ -52,11 +52,15 @@ class FrozenRewardModel:
         self.model = model.eval().requires_grad_(requires_grad=False)
         self.normalization = normalization
 
-    @torch.no_grad()
     def scores(self, batch: TreeBatch) -> Tensor:
         """Score each response at its last token, `(R,)`, normalised."""
+        return self.normalization(self.raw_scores(batch))
+
+    @torch.no_grad()
+    def raw_scores(self, batch: TreeBatch) -> Tensor:
+        """Score each response as the head does, `(R,)`."""
         hidden_PD = hidden_states(self.model, batch)
-        return self.normalization(scalar_at(hidden_PD, head_of(self.model).weight, batch.last_R))
+        return scalar_at(hidden_PD, head_of(self.model).weight, batch.last_R)
 
 
 class Critic:
@@ -107,9 +111,13 @@ class Critic:
         raw_N = scalar_at(hidden_PD, self.value_head_1D, batch.source_N)
         return raw_N if self.value_init == "zero" else self.normalization(raw_N)
 
-    @torch.no_grad()
     def scores(self, batch: TreeBatch) -> Tensor:
         """Score each response at its last token, `(R,)`."""
+        return self.normalization(self.raw_scores(batch))
+
+    @torch.no_grad()
+    def raw_scores(self, batch: TreeBatch) -> Tensor:
+        """Score each response as the reward model's head does, `(R,)`."""
         with without_adapter(self.value.adapter):
             hidden_PD = hidden_states(self.reward_model, batch)
-        return self.normalization(scalar_at(hidden_PD, self.reward_head_1D, batch.last_R))
+        return scalar_at(hidden_PD, self.reward_head_1D, batch.last_R)

@@ -27,7 +27,7 @@ from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.breaker import CircuitBreaker
-from pipeline_lib.training.collection import Collector, ResponseScorer, require_prompts
+from pipeline_lib.training.collection import Collector, RemembersScores, ResponseScorer, require_prompts
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.forward import training_forward
 from pipeline_lib.training.group import ProcessGroup
@@ -224,6 +224,8 @@ class PpoRecipe:
             "samples": self.samples,
             "iteration_figures": json.dumps(self.iteration_figures),
         }
+        if isinstance(self.collector.scorer, RemembersScores):
+            values["scorer"] = self.collector.scorer.state()
         if self.breaker is not None:
             tensors |= {BREAKER + name: value for name, value in self.breaker.tensors().items()}
             values["breaker"] = self.breaker.values()
@@ -238,6 +240,8 @@ class PpoRecipe:
         assert isinstance(kept, list)
         self.samples = [str(row) for row in kept]
         self.iteration_figures = json.loads(str(state.values["iteration_figures"]))
+        if isinstance(self.collector.scorer, RemembersScores):
+            self.collector.scorer.load_state(str(state.values["scorer"]))
         if self.breaker is not None:
             held = {name.removeprefix(BREAKER): value for name, value in state.tensors.items() if name not in rollouts}
             self.breaker.load(held, str(state.values["breaker"]))
