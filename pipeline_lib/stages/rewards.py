@@ -14,7 +14,7 @@ from pipeline_lib.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from pipeline_lib.models.scoring import Layout
     from pipeline_lib.text.chat_template import ChatTokenizer
-    from pipeline_lib.training.critic import Critic
+    from pipeline_lib.training.critic import Critic, FrozenRewardModel
     from pipeline_lib.training.reference import Reference
     from pipeline_lib.training.reward_scoring import SetScorer
     from pipeline_lib.training.rewards.contract import Sample
@@ -88,8 +88,6 @@ def open_scorer(
     Raises:
         DataError: The files that sources read are not those that the run was planned with.
     """
-    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.critic import FrozenRewardModel, Normalization  # noqa: PLC0415  (torch)
     from pipeline_lib.training.reward_scoring import (  # noqa: PLC0415  (torch)
         ModelScores,
         PromptRow,
@@ -106,12 +104,7 @@ def open_scorer(
             "the files that reward sources read are not what they were when the run was planned",
             next_step="run again: the run is planned anew with the files as they are",
         )
-    models: dict[str, Critic | FrozenRewardModel] = {MAIN_REWARD_MODEL: critic}
-    for name, ref in inputs.items():
-        if name.startswith(INPUT_PREFIX):
-            directory = stage.fetch_model(context, ref, name.replace(":", "-"))
-            normalization = Normalization(**stage.read_json(directory.parent / "normalization.json"))
-            models[name.removeprefix(INPUT_PREFIX)] = FrozenRewardModel(directory, normalization, settings=settings)
+    models = {MAIN_REWARD_MODEL: critic, **_further_models(inputs, context, settings)}
 
     def on_problem(sample: Sample, reason: str) -> None:
         context.log(f"{sample.where} is not scored: {reason}")
@@ -122,3 +115,17 @@ def open_scorer(
         should_stop=context.should_stop, on_problem=on_problem,
     )  # fmt: skip
     return SetScorer(RewardScorer(rewards, resources), {row.id: PromptRow.of(row) for row in records}, chat)
+
+
+def _further_models(inputs: Inputs, context: StageContext, settings: TrainingSettings) -> dict[str, FrozenRewardModel]:
+    """Load the further reward models among a stage's inputs, by name."""
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.critic import FrozenRewardModel, Normalization  # noqa: PLC0415  (torch)
+
+    found: dict[str, FrozenRewardModel] = {}
+    for name, ref in inputs.items():
+        if name.startswith(INPUT_PREFIX):
+            directory = stage.fetch_model(context, ref, name.replace(":", "-"))
+            normalization = Normalization(**stage.read_json(directory.parent / "normalization.json"))
+            found[name.removeprefix(INPUT_PREFIX)] = FrozenRewardModel(directory, normalization, settings=settings)
+    return found
