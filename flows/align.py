@@ -74,7 +74,9 @@ def _run(config: RunConfig, services: Services, start: RoundStart | None) -> Ali
         name: stage.named(f"reward:{name}", "reward", further, {"sft_model": sft, "dataset": dataset})
         for name, further in config.reward_models.items()
     }
-    candidates = train_candidates(config, stage, Material(base=base, sft=sft, reward=reward, dataset=dataset))
+    candidates = train_candidates(
+        config, stage, Material(base=base, sft=sft, reward=reward, dataset=dataset, reward_models=rewards)
+    )
 
     champion = incumbent(services.store, config.promote.model_name, list(candidates.values()))
     models = {"base": base, "sft": sft, **candidates, **({"champion": champion} if champion else {})}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flows.stage_runs import Jobs, Stages
 from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages.group import GrpoConfig, RlooConfig
 from pipeline_lib.stages.places import open_places
-from pipeline_lib.stages.ppo import PpoConfig
+from pipeline_lib.stages.ppo import PpoConfig, heldout_input
 from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.pretraining import pin_pretraining
+from pipeline_lib.stages.rewards import pin_rewards, reward_inputs
 from pipeline_lib.stages.rounds_config import IteratedDpoConfig, RejectionSettings, RoundsSettings
 from pipeline_lib.stages.run_config import Candidate, RunConfig, start_of
 
@@ -23,6 +24,8 @@ class Material:
     sft: ArtifactRef
     reward: ArtifactRef
     dataset: ArtifactRef
+    reward_models: dict[str, ArtifactRef] = field(default_factory=dict)
+    """The run's further reward models, by name."""
 
 
 def train_candidates(config: RunConfig, stage: Stages, material: Material) -> dict[str, ArtifactRef]:
@@ -55,6 +58,10 @@ def _job(
         inputs |= _reference(task, candidate, stage, inputs)
     if isinstance(candidate, PpoConfig | RlooConfig | GrpoConfig):
         inputs["reward_model"] = material.reward
+    if isinstance(candidate, PpoConfig):
+        inputs |= heldout_input(candidate, material.reward_models)
+        inputs |= reward_inputs(candidate.rewards, material.reward_models)
+        candidate = pin_rewards(candidate)
     return candidate.method, pin_pretraining(candidate, open_places(stage.services.store)), inputs
 
 

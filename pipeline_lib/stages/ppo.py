@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline_lib.schema import Record, Split
+from pydantic import Field
+
+from pipeline_lib.errors import ConfigError, DataError, DivergedError
+from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.stages.names import Name
+from pipeline_lib.stages.pretraining import load_pretraining
+from pipeline_lib.stages.rewards import open_scorer
+from pipeline_lib.text.cropping import cropped
+from pipeline_lib.training.reward_set import RewardSet
 from pipeline_lib.training.settings import PpoSettings
 
 if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder, Tree
+    from pipeline_lib.training.critic import FrozenRewardModel
+    from pipeline_lib.training.recipes.ppo import PpoRecipe
 
 VERSION = 1
+HELDOUT = "heldout_reward_model"
+"""Name of the input that measures and is not trained against."""
+SHOWN_ROWS = 8
+"""Rows that a message names."""
 
 
 class PpoConfig(PpoSettings):
@@ -24,10 +38,20 @@ class PpoConfig(PpoSettings):
     """The method of this candidate."""
     start_from: Name = "sft"
     """The model that is trained, and the reference: `sft`, `base`, or another candidate by name."""
+    heldout_reward_model: Name | None = Field(None, title="Held-out reward model")
+    """One of `reward_models` that measures every iteration and is not trained against; null: none."""
+    rewards: RewardSet | None = None
+    """Where scores come from, as a weighted sum; null: the reward model alone."""
 
 
 def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput:
-    """Train; inputs `sft_model`, `reward_model`, `dataset`; output kind `model`."""
+    """Train; inputs `sft_model`, `reward_model`, `dataset`; output `model`.
+
+    Further inputs: `heldout_reward_model` where one is named, `reward_model:<name>` for each that `rewards` ask.
+
+    Raises:
+        DataError: A prompt is empty or longer than the model's context.
+    """
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
     from pipeline_lib.training.critic import Critic, Normalization  # noqa: PLC0415  (torch)
@@ -38,24 +62,120 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
     directory = stage.fetch_model(context, inputs["sft_model"], "sft_model")
     reward_directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
     encoder = stage.encoder_for(directory, config, max_response_tokens=config.max_new_tokens)
-    prompts = _prompts(encoder, list(stage.read_records(context, inputs["dataset"], Split.POLICY)))
+    records = policy_prompts(config, list(stage.read_records(context, inputs["dataset"], Split.POLICY)), context)
+    prompts = _prompts(encoder, records)
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
     normalization = Normalization(**stage.read_json(reward_directory.parent / "normalization.json"))
-    critic = Critic(reward_directory, config, normalization, seed=config.seed + 1)
+    critic = Critic(
+        reward_directory, config, normalization, seed=config.seed + 1, value_init=config.value_init
+    )  # fmt: skip
 
+    def on_speed(step: int, speeds: Mapping[str, float]) -> None:
+        # Beside the series: what differs from run to run must not be in the artifact.
+        context.events.metrics(step, {f"ppo/{name}": value for name, value in speeds.items()})
+
+    layout = stage.layout_for(encoder, config, is_packed=policy.is_packed and critic.value.is_packed)
+    reference = Reference.of(policy)
     recipe = PpoRecipe(
-        policy, Reference.of(policy), critic, stage.require_rows(prompts, "prompts", Split.POLICY),
-        settings=config, layout=stage.layout_for(encoder, config, is_packed=policy.is_packed),
-        chat=encoder.chat, should_stop=context.should_stop, on_text=context.log,
+        policy, reference, critic, stage.require_rows(prompts, "prompts", Split.POLICY),
+        settings=config, layout=layout, chat=encoder.chat,
+        should_stop=context.should_stop, on_text=context.log, on_speed=on_speed,
+        heldout=_heldout(config, inputs, context),
+        scorer=open_scorer(
+            config.rewards, records, inputs, context, settings=config, critic=critic, reference=reference,
+            layout=layout, chat=encoder.chat,
+        ),
+        pretraining=load_pretraining(config.pretraining, encoder.chat, context, seed=config.seed),
     )  # fmt: skip
     series = stage.train(recipe, config, context, metric_prefix="ppo")
     _write_samples(context.workdir / "samples.jsonl", recipe.samples)
+    _require_gain(recipe)
     policy.save(context.workdir / "model")
     facts = {"dtype": str(dtype), "template_sha256": encoder.chat.template_sha256, "rows": len(prompts)}
-    stage.write_facts(context.workdir, facts)
+    stage.write_facts(context.workdir, facts | _breaker_facts(recipe))
     names = ("score", "ref_kl_nats", "kl_coef", "response_tokens", "finished_frac")
     return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})
+
+
+def heldout_input(config: PpoConfig, models: Mapping[str, ArtifactRef]) -> dict[str, ArtifactRef]:
+    """Return the held-out reward model as an input of the stage, where one is named.
+
+    Args:
+        config: The stage's configuration.
+        models: The run's further reward models by name.
+
+    Raises:
+        ConfigError: The run has no reward model of that name.
+    """
+    name = config.heldout_reward_model
+    if name is None:
+        return {}
+    if name not in models:
+        raise ConfigError(
+            f"heldout_reward_model = {name!r}: the run has no such reward model",
+            next_step=f"add reward_models.{name}, or name one of {', '.join(models) or 'them'}",
+        )
+    return {HELDOUT: models[name]}
+
+
+def _heldout(config: PpoConfig, inputs: Inputs, context: StageContext) -> FrozenRewardModel | None:
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.critic import FrozenRewardModel, Normalization  # noqa: PLC0415  (torch)
+
+    if config.heldout_reward_model is None:
+        return None
+    directory = stage.fetch_model(context, inputs[HELDOUT], HELDOUT)
+    normalization = Normalization(**stage.read_json(directory.parent / "normalization.json"))
+    return FrozenRewardModel(directory, normalization, settings=config)
+
+
+def _require_gain(recipe: PpoRecipe) -> None:
+    """Stop where the circuit breaker ended the training and nothing was better than its start.
+
+    Raises:
+        DivergedError: With the breaches.
+    """
+    breaker = recipe.breaker
+    if breaker is not None and breaker.has_ended and breaker.best_is_start:
+        raise DivergedError(
+            f"the circuit breaker ended the training, {'; '.join(breaker.breaches)}, and no iteration had a higher "
+            "reward than the model that it started from",
+            next_step="raise ppo.kl_coef, lower ppo.optimizer.learning_rate, or widen the limit of ppo.breaker",
+        )
+
+
+def _breaker_facts(recipe: PpoRecipe) -> dict[str, object]:
+    """Tell which limits were breached, where any was."""
+    breaker = recipe.breaker
+    if breaker is None or not breaker.breaches:
+        return {}
+    return {"breaches": breaker.breaches, "best_iteration": breaker.best_iteration}
+
+
+def policy_prompts(config: PpoConfig, records: list[Record], context: StageContext) -> list[Record]:
+    """Return the records with their last user turn cut to whole sentences, where that is configured.
+
+    Raises:
+        DataError: A prompt is empty; the rows are named.
+    """
+    empty = [record.id[:12] for record in records if not record.messages[-1].content.strip()]
+    if empty:
+        raise DataError(
+            f"{len(empty)} prompts of the policy split are empty; rows: {', '.join(empty[:SHOWN_ROWS])}",
+            next_step="keep the filter rule `empty`",
+        )
+    if config.prompt_start_text is None and config.prompt_end_text is None:
+        return records
+    kept = []
+    for record in records:
+        last = record.messages[-1]
+        text = cropped(last.content, start_text=config.prompt_start_text, end_text=config.prompt_end_text)
+        if text is not None:
+            messages = (*record.messages[:-1], last.model_copy(update={"content": text}))
+            kept.append(record.model_copy(update={"messages": messages}))
+    context.log(f"{len(records) - len(kept)} of {len(records)} prompts have no whole sentence and are left out")
+    return kept
 
 
 def _prompts(encoder: Encoder, records: list[Record]) -> list[Tree]:

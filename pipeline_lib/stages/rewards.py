@@ -104,7 +104,8 @@ def open_scorer(
             "the files that reward sources read are not what they were when the run was planned",
             next_step="run again: the run is planned anew with the files as they are",
         )
-    models = {MAIN_REWARD_MODEL: critic, **_further_models(inputs, context, settings)}
+    models: dict[str, Critic | FrozenRewardModel] = {MAIN_REWARD_MODEL: critic}
+    models |= _further_models(inputs, context, settings)
 
     def on_problem(sample: Sample, reason: str) -> None:
         context.log(f"{sample.where} is not scored: {reason}")
