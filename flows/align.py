@@ -19,7 +19,7 @@ from pipeline_lib.stages.memory import check_memory
 from pipeline_lib.stages.places import open_places
 from pipeline_lib.stages.pretraining import pin_pretraining
 from pipeline_lib.stages.promote import Promotion, incumbent
-from pipeline_lib.stages.report import ReportConfig
+from pipeline_lib.stages.report import ReportConfig, further_inputs
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.validation import Frozen
 from tasks.promotion import promote_winner
@@ -94,7 +94,8 @@ def _run(config: RunConfig, services: Services, start: RoundStart | None) -> Ali
     )
     promotion = promoted.result()
     shown = ReportConfig(name=_label(config, start), promotes=config.promote.enabled)
-    report = stage("report", shown, verdict=verdict_ref, dataset=dataset)
+    told = {"verdict": verdict_ref, "dataset": dataset, **further_inputs(rewards)}
+    report = stage("report", shown, **told)
     made = {"dataset": dataset, "sft_model": sft, "reward_model": reward, "verdict": verdict_ref, "report": report}
     made |= {f"candidate:{name}": model for name, model in candidates.items()}
     return _finish(_label(config, start), services, promotion, rewards, made)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
@@ -19,56 +18,46 @@ from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages import STAGES
 from pipeline_lib.stages.execute import Job, execute
 from pipeline_lib.tracking import StageRun
+from tasks.live_artifact import LiveArtifact
 from tasks.progress import Bar, console
 from tasks.services import Services
 
-_ARTIFACT_EVERY_S = 3.0
 _LOG_EVERY_S = 15.0
 
 
 class TaskEvents:
     """Passes a stage's events on: to the terminal, to Prefect, to MLflow."""
 
-    def __init__(self, name: str, run: StageRun) -> None:
+    def __init__(self, name: str, run: StageRun, *, is_training: bool) -> None:
         self._name, self._run, self._logger = name, run, get_run_logger()
         self._bar: Bar = console.bar(name)
-        self._artifact_id: Any = None
-        self._last_artifact_s = self._last_log_s = time.monotonic()
+        self._artifact = LiveArtifact(name, is_eager=is_training)
+        self._last_log_s = time.monotonic()
 
     def progress(self, fraction: float, text: str) -> None:
         """Move the bar, and now and then Prefect's progress artifact and log."""
         self._bar.move(fraction, text)
+        self._artifact.move(fraction, text)
         now = time.monotonic()
-        if now - self._last_artifact_s >= _ARTIFACT_EVERY_S:
-            self._last_artifact_s = now
-            self._publish(fraction)
         if now - self._last_log_s >= _LOG_EVERY_S:
             self._last_log_s = now
             self._logger.info("%s: %s", self._name, text)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Send figures to MLflow."""
+        """Send figures to MLflow; the newest ones stand in the progress artifact."""
         self._run.metrics(step, values)
+        self._artifact.note(values)
 
     def log(self, text: str) -> None:
-        """Show a line on the bar and in Prefect's log."""
+        """Show a line on the bar, in the progress artifact and in Prefect's log."""
         self._bar.say(text)
+        self._artifact.say(text)
         self._logger.info("%s: %s", self._name, text)
 
-    def finish(self, text: str) -> None:
-        """Complete the bar."""
+    def finish(self, text: str, *, is_done: bool = True) -> None:
+        """Complete the bar and the progress artifact."""
         self._bar.finish(text)
-
-    def _publish(self, fraction: float) -> None:
-        percent = 100 * min(1.0, fraction)
-        try:
-            if self._artifact_id is None:
-                key = self._name.replace("_", "-").replace(":", "-")
-                self._artifact_id = create_progress_artifact(percent, key=f"{key}-progress", description=self._name)
-            else:
-                update_progress_artifact(self._artifact_id, percent)
-        except Exception as error:
-            self._logger.debug("progress artifact: %s", error)
+        self._artifact.finish(text, is_done=is_done)
 
 
 def is_transient(task: Any, run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001
@@ -98,18 +87,19 @@ def run_stage(stage: str, config: BaseModel, inputs: dict[str, ArtifactRef], ser
         stage=stage, config=config.model_dump(mode="json"), inputs=inputs, storage=services.storage,
         home=services.runtime.home.absolute(), checkpoint_every_s=services.runtime.checkpoint_every_s,
         threads=services.runtime.threads, processes=services.runtime.processes if STAGES[stage].is_training else 1,
+        sharding=services.runtime.sharding if STAGES[stage].is_training else "none",
     )  # fmt: skip
     run = services.tracker.stage(name)
     run.start(params={"stage_key": job.key}, inputs=inputs)
-    events = TaskEvents(name, run)
+    events = TaskEvents(name, run, is_training=STAGES[stage].is_training)
     try:
         outcome = execute(job, store=services.store, events=events)
     except PipelineError as error:
-        events.finish(f"failed: {error.code}")
+        events.finish(f"failed: {error.code}", is_done=False)
         run.finish("FAILED", metrics={}, tags={"prefline.error": error.cause[:400]})
         raise
     except BaseException:
-        events.finish("interrupted")
+        events.finish("interrupted", is_done=False)
         run.finish("KILLED", metrics={}, tags={})
         raise
     manifest = services.store.manifest(outcome.ref)

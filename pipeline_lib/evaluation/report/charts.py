@@ -16,11 +16,11 @@ from pipeline_lib.schema import Interval, RuleResult
 
 Point = tuple[float, float]
 
-_WIDTH, _HEIGHT = 400, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 34
+WIDTH, HEIGHT = 400, 210
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
 _MOST_POINTS = 240
 _MOST_MARKS = 40
-_SMOOTHED_FROM = 25
+SMOOTHED_FROM = 25
 """Curves of fewer points are drawn as they are."""
 
 
@@ -69,21 +69,21 @@ def line_chart(points: Sequence[Point], *, title: str, x_label: str, is_noisy: b
     """
     if not points:
         return Markup("")
-    shown = _thin(points)
-    x_axis = Axis.over([x for x, _ in shown], _LEFT, _WIDTH - _RIGHT, pad_frac=0.0001)
+    shown = thinned(points)
+    x_axis = Axis.over([x for x, _ in shown], LEFT, WIDTH - RIGHT, pad_frac=0.0001)
     if len(shown) == 1:
-        x_axis = Axis(shown[0][0] - 1, shown[0][0] + 1, _LEFT, _WIDTH - _RIGHT)
-    y_axis = Axis.over([y for _, y in shown], _HEIGHT - _BOTTOM, _TOP)
-    parts = [_grid(x_axis, y_axis, x_label)]
-    is_smoothed = is_noisy and len(shown) >= _SMOOTHED_FROM
-    parts.append(_path(shown, x_axis, y_axis, "raw" if is_smoothed else "line"))
+        x_axis = Axis(shown[0][0] - 1, shown[0][0] + 1, LEFT, WIDTH - RIGHT)
+    y_axis = Axis.over([y for _, y in shown], HEIGHT - BOTTOM, TOP)
+    parts = [grid(x_axis, y_axis, x_label)]
+    is_smoothed = is_noisy and len(shown) >= SMOOTHED_FROM
+    parts.append(polyline(shown, x_axis, y_axis, "raw" if is_smoothed else "line"))
     if is_smoothed:
-        shown = _running_mean(shown)
-        parts.append(_path(shown, x_axis, y_axis, "line"))
+        shown = running_mean(shown)
+        parts.append(polyline(shown, x_axis, y_axis, "line"))
     parts.append(_marks(shown, x_axis, y_axis, x_label, with_dots=len(shown) <= _MOST_MARKS))
     last_x, last_y = shown[-1]
     parts.append(Markup('<circle class="end" cx="{}" cy="{}" r="3.5"/>').format(x_axis(last_x), y_axis(last_y)))
-    return _svg(_WIDTH, _HEIGHT, title, parts)
+    return svg(WIDTH, HEIGHT, title, parts)
 
 
 def interval_chart(rows: Sequence[tuple[str, Interval]], *, title: str, baseline: float | None) -> Markup:
@@ -104,7 +104,7 @@ def interval_chart(rows: Sequence[tuple[str, Interval]], *, title: str, baseline
         return Markup("")
     row_px, top, left, right = 26, 8, 84, 60
     bottom = top + row_px * len(rows)
-    axis = Axis.over(ends, left, _WIDTH - right)
+    axis = Axis.over(ends, left, WIDTH - right)
     parts = []
     for tick in axis.ticks():
         parts.append(
@@ -119,7 +119,7 @@ def interval_chart(rows: Sequence[tuple[str, Interval]], *, title: str, baseline
         )  # fmt: skip
     for place, (name, interval) in enumerate(rows):
         parts.append(_interval_row(name, interval, axis, top + row_px * place + row_px / 2))
-    return _svg(_WIDTH, bottom + 24, title, parts)
+    return svg(WIDTH, bottom + 24, title, parts)
 
 
 def rule_chart(rule: RuleResult) -> Markup:
@@ -137,12 +137,12 @@ def rule_chart(rule: RuleResult) -> Markup:
         _whisker(estimate, axis, middle, f"s-{rule.status}"),
     ]  # fmt: skip
     title = f"{rule.metric}: estimate {number(estimate.value)}, threshold {number(rule.threshold)}"
-    return _svg(width, height, title, parts, css="chart mini")
+    return svg(width, height, title, parts, css="chart mini")
 
 
 def _interval_row(name: str, interval: Interval, axis: Axis, y: float) -> Markup:
     label = Markup('<text class="label" x="0" y="{}">{}</text>').format(y + 4, name)
-    value = Markup('<text class="value end-text" x="{}" y="{}">{}</text>').format(_WIDTH, y + 4, number(interval.value))
+    value = Markup('<text class="value end-text" x="{}" y="{}">{}</text>').format(WIDTH, y + 4, number(interval.value))
     return label + _whisker(interval, axis, y, model_class(name)) + value
 
 
@@ -162,28 +162,41 @@ def model_class(name: str) -> str:
     return f"m-{name}" if name in ("base", "sft", "dpo", "ppo", "champion") else "m-other"
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> Markup:
+def grid(
+    x_axis: Axis, y_axis: Axis, x_label: str, *, counts: bool = True, width: int = WIDTH, height: int = HEIGHT
+) -> Markup:
+    """Draw lines at round values, their numbers, and what the x axis counts.
+
+    Args:
+        x_axis: From left to right.
+        y_axis: From bottom to top.
+        x_label: Words below the right end.
+        counts: True where x counts something, so that only whole numbers are written.
+        width: Of the whole chart, pixels.
+        height: Of the whole chart, pixels.
+    """
     parts = []
     for tick in y_axis.ticks():
         parts.append(
             Markup('<line class="grid" x1="{a}" x2="{b}" y1="{y}" y2="{y}"/><text class="tick end-text" '
                    'x="{c}" y="{d}">{text}</text>')
-            .format(a=_LEFT, b=_WIDTH - _RIGHT, y=y_axis(tick), c=_LEFT - 6, d=y_axis(tick) + 4, text=given(tick))
+            .format(a=LEFT, b=width - RIGHT, y=y_axis(tick), c=LEFT - 6, d=y_axis(tick) + 4, text=given(tick))
         )  # fmt: skip
     for tick in x_axis.ticks():
-        if tick == int(tick):
+        if not counts or tick == int(tick):
             parts.append(
                 Markup('<text class="tick mid" x="{}" y="{}">{}</text>')
-                .format(x_axis(tick), _HEIGHT - _BOTTOM + 15, given(tick))
+                .format(x_axis(tick), height - BOTTOM + 15, given(tick))
             )  # fmt: skip
     parts.append(
         Markup('<text class="tick end-text" x="{}" y="{}">{}</text>')
-        .format(_WIDTH - _RIGHT, _HEIGHT - 4, x_label)
+        .format(width - RIGHT, height - 4, x_label)
     )  # fmt: skip
     return Markup("").join(parts)
 
 
-def _path(points: Sequence[Point], x_axis: Axis, y_axis: Axis, css: str) -> Markup:
+def polyline(points: Sequence[Point], x_axis: Axis, y_axis: Axis, css: str) -> Markup:
+    """Draw points joined in their order."""
     places = " ".join(f"{x_axis(x)},{y_axis(y)}" for x, y in points)
     return Markup('<polyline class="{}" points="{}"/>').format(css, places)
 
@@ -200,7 +213,7 @@ def _marks(points: Sequence[Point], x_axis: Axis, y_axis: Axis, x_label: str, *,
     )  # fmt: skip
 
 
-def _thin(points: Sequence[Point]) -> list[Point]:
+def thinned(points: Sequence[Point]) -> list[Point]:
     """Average neighbours so that a long run stays a small drawing; the last step keeps its place."""
     every = math.ceil(len(points) / _MOST_POINTS)
     if every == 1:
@@ -209,7 +222,7 @@ def _thin(points: Sequence[Point]) -> list[Point]:
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _running_mean(points: Sequence[Point]) -> list[Point]:
+def running_mean(points: Sequence[Point]) -> list[Point]:
     """Return the mean over a window of a twelfth of the curve, centred, cut at both ends."""
     reach = max(1, len(points) // 24)
     means = []
@@ -219,7 +232,8 @@ def _running_mean(points: Sequence[Point]) -> list[Point]:
     return means
 
 
-def _svg(width: float, height: float, title: str, parts: Sequence[Markup], css: str = "chart") -> Markup:
+def svg(width: float, height: float, title: str, parts: Sequence[Markup], css: str = "chart") -> Markup:
+    """Put a drawing together; its title is for readers who do not see it."""
     return Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         css, width, height, title, Markup("").join(parts)
     )

@@ -21,6 +21,8 @@ _LESS, _MORE = "lower is better", "higher is better"
 class ComparisonRow:
     """One metric over all models."""
 
+    metric: str
+    """The gate metric's name."""
     title: str
     unit: str
     direction: str
@@ -89,7 +91,7 @@ def compare(examples: Mapping[str, Sequence[ExampleResult]], bootstrap: Bootstra
             drawing = _drawing(shown, intervals)
             rows.append(
                 ComparisonRow(
-                    shown.title, shown.unit, shown.direction, shown.is_key,
+                    str(shown.spec["name"]), shown.title, shown.unit, shown.direction, shown.is_key,
                     has_before=bool(shown.direction) and against is None, intervals=intervals, drawing=drawing,
                 )
             )  # fmt: skip

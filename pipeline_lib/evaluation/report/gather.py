@@ -6,13 +6,13 @@ leaves its section out with it.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.evaluation.report.lineage import Lineage, Node, walk
+from pipeline_lib.evaluation.report.policy_runs import POLICY_STAGES, PolicyRun, policy_run
+from pipeline_lib.evaluation.report.series import Series, is_finite, rows_of, series_of
 from pipeline_lib.evaluation.report_card import ReportCard
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.schema import (
@@ -32,11 +32,8 @@ if TYPE_CHECKING:
 _EXAMPLES_PER_CODE = 2
 _MOST_EXAMPLES = 24
 _MODEL_ORDER = ("base", "sft", "dpo", "ppo", "champion")
-_TRAINING_ORDER = ("sft", "reward", "preference", "conditional", "ppo")
-_SAMPLED_ITERATIONS = 3
-
-Series = dict[str, list[tuple[float, float]]]
-"""(step, value) by the figure's name, finite values only."""
+_TRAINING_ORDER = ("sft", "reward", "preference", "conditional", "ppo", "rloo", "grpo")
+_MAIN_CARD = "reward"
 
 
 @dataclass(frozen=True)
@@ -97,22 +94,15 @@ class Training:
 
 
 @dataclass(frozen=True)
-class PolicySample:
-    """A rollout that PPO kept."""
+class RewardCard:
+    """The report card of one reward model."""
 
-    iteration: int
-    prompt: str
-    response: str
-    score: float | None
-
-
-@dataclass(frozen=True)
-class Ppo:
-    """PPO over iterations."""
-
-    series: Series
-    """Figures by iteration, counted from 1."""
-    samples: tuple[PolicySample, ...]
+    name: str
+    """`reward` for the one that candidates are judged by, the run's name for each further one."""
+    figures: dict[str, float]
+    """Plain figures."""
+    tables: ReportCard | None
+    """The same card with its tables; None in runs from before it had any."""
 
 
 @dataclass(frozen=True)
@@ -135,18 +125,24 @@ class ReportData:
     funnels: tuple[Funnel, ...]
     splits: tuple[SplitRows, ...]
     trainings: tuple[Training, ...]
-    ppo: Ppo | None
+    policy_runs: tuple[PolicyRun, ...]
+    """Trainings on the policy's own samples."""
     examples: dict[str, list[ExampleResult]]
     """Held-out results by model, base first."""
-    report_card: dict[str, float]
-    """Plain figures of the reward model's report card; empty where there is none."""
-    card_tables: ReportCard | None
-    """The same card with its tables; None in runs from before it had any."""
+    cards: tuple[RewardCard, ...]
+    """Of every reward model, the one that candidates are judged by first."""
     prompts: tuple[PromptAnswers, ...]
 
 
 def gather(
-    store: ArtifactStore, *, verdict: ArtifactRef, dataset: ArtifactRef, name: str, sampled_prompts: int, promotes: bool
+    store: ArtifactStore,
+    *,
+    verdict: ArtifactRef,
+    dataset: ArtifactRef,
+    reward_models: Mapping[str, ArtifactRef],
+    name: str,
+    sampled_prompts: int,
+    promotes: bool,
 ) -> ReportData:
     """Read all that the page shows.
 
@@ -154,6 +150,7 @@ def gather(
         store: Where artifacts are read.
         verdict: The gate's artifact; evaluations and models are found from its inputs.
         dataset: The dataset that the stages trained on.
+        reward_models: The run's further reward models by name.
         name: The run's name.
         sampled_prompts: Held-out prompts to show with all answers.
         promotes: Whether the run promotes its winner.
@@ -161,11 +158,11 @@ def gather(
     Raises:
         PipelineError: Of the store, where an artifact is missing or damaged.
     """
-    lineage = walk(store, verdict, dataset)
+    lineage = walk(store, verdict, dataset, *reward_models.values())
     examples = _examples(store, lineage[verdict])
-    trainings = _trainings(store, lineage)
-    card = _report_card(store, lineage)
-    ppo = [node for node in lineage.own if node.stage == "ppo" and node.has("metrics.jsonl")]
+    trainings = _trainings(store, lineage, {ref: name for name, ref in reward_models.items()})
+    sampling = [node for node in lineage.own if node.stage in POLICY_STAGES and node.has("metrics.jsonl")]
+    sampling.sort(key=lambda node: (_place(node.stage, _TRAINING_ORDER), node.names))
     return ReportData(
         name=name,
         promotes=promotes,
@@ -174,10 +171,9 @@ def gather(
         funnels=tuple(_funnel(store, node) for node in lineage.own if node.has("funnel.json")),
         splits=_splits(store, lineage[dataset]),
         trainings=trainings,
-        ppo=_ppo(store, ppo[-1]) if ppo else None,
+        policy_runs=tuple(policy_run(store, node) for node in sampling),
         examples=examples,
-        report_card={name: float(value) for name, value in card.items() if _is_finite(value)},
-        card_tables=_card_tables(card),
+        cards=_cards(store, lineage, lineage[verdict].manifest.inputs.get("reward_model"), reward_models),
         prompts=_prompts(examples, sampled_prompts),
     )
 
@@ -187,7 +183,7 @@ def _funnel(store: ArtifactStore, node: Node) -> Funnel:
     rejections: list[Rejection] = []
     seen: dict[str, int] = {}
     if node.has("rejections.jsonl"):
-        for row in _rows(store, node.ref, "rejections.jsonl"):
+        for row in rows_of(store, node.ref, "rejections.jsonl"):
             seen[row["code"]] = seen.get(row["code"], 0) + 1
             if seen[row["code"]] <= _EXAMPLES_PER_CODE and len(rejections) < _MOST_EXAMPLES:
                 rejections.append(Rejection.model_validate(row))
@@ -208,52 +204,17 @@ def _splits(store: ArtifactStore, dataset: Node) -> tuple[SplitRows, ...]:
     return tuple(found)
 
 
-def _trainings(store: ArtifactStore, lineage: Lineage) -> tuple[Training, ...]:
+def _trainings(store: ArtifactStore, lineage: Lineage, further: Mapping[ArtifactRef, str]) -> tuple[Training, ...]:
     nodes = [node for node in lineage.own if node.has("metrics.jsonl")]
     nodes.sort(key=lambda node: (_place(node.stage, _TRAINING_ORDER), node.names))
     return tuple(
         Training(
-            node.stage, node.names, node.ref, _series(list(_rows(store, node.ref, "metrics.jsonl")), "step"),
+            node.stage, (further[node.ref],) if node.ref in further else node.names, node.ref,
+            series_of(rows_of(store, node.ref, "metrics.jsonl"), "step"),
             store.read_json(node.ref, "training.json") if node.has("training.json") else {},
         )
         for node in nodes
     )  # fmt: skip
-
-
-def _series(rows: list[dict[str, Any]], along: str) -> Series:
-    series: Series = {}
-    for row in rows:
-        for figure, value in row.items():
-            if figure != along and _is_finite(value):
-                series.setdefault(figure, []).append((float(row[along]), float(value)))
-    return series
-
-
-def _ppo(store: ArtifactStore, node: Node) -> Ppo:
-    by_iteration: dict[int, dict[str, Any]] = {}
-    for row in _rows(store, node.ref, "metrics.jsonl"):
-        if _is_finite(row.get("iteration")):
-            by_iteration[int(row["iteration"]) + 1] = {**row, "iteration": row["iteration"] + 1}
-    samples = []
-    if node.has("samples.jsonl"):
-        rows = list(_rows(store, node.ref, "samples.jsonl"))
-        shown = _spread(sorted({int(row["iteration"]) for row in rows}), _SAMPLED_ITERATIONS)
-        samples = [
-            PolicySample(
-                int(row["iteration"]) + 1, str(row["prompt"]), str(row["response"]),
-                float(row["score"]) if _is_finite(row["score"]) else None,
-            )
-            for row in rows
-            if int(row["iteration"]) in shown
-        ]  # fmt: skip
-    return Ppo(_series(list(by_iteration.values()), "iteration"), tuple(samples))
-
-
-def _spread(values: list[int], most: int) -> list[int]:
-    """Return at most so many values, the first and the last among them, evenly between."""
-    if len(values) <= most:
-        return values
-    return [values[round(place * (len(values) - 1) / (most - 1))] for place in range(most)]
 
 
 def _examples(store: ArtifactStore, verdict: Node) -> dict[str, list[ExampleResult]]:
@@ -268,12 +229,18 @@ def _examples(store: ArtifactStore, verdict: Node) -> dict[str, list[ExampleResu
     }
 
 
-def _report_card(store: ArtifactStore, lineage: Lineage) -> dict[str, Any]:
-    for node in reversed(lineage.own):
-        if node.has("report_card.json"):
-            card: dict[str, Any] = store.read_json(node.ref, "report_card.json")
-            return card
-    return {}
+def _cards(
+    store: ArtifactStore, lineage: Lineage, main: ArtifactRef | None, further: Mapping[str, ArtifactRef]
+) -> tuple[RewardCard, ...]:
+    """Read the report card of every reward model that has one."""
+    named = {_MAIN_CARD: main, **further}
+    found = []
+    for name, ref in named.items():
+        if ref is not None and lineage[ref].has("report_card.json"):
+            card: dict[str, Any] = store.read_json(ref, "report_card.json")
+            figures = {figure: float(value) for figure, value in card.items() if is_finite(value)}
+            found.append(RewardCard(name, figures, _card_tables(card)))
+    return tuple(found)
 
 
 def _card_tables(card: dict[str, Any]) -> ReportCard | None:
@@ -300,14 +267,5 @@ def _prompts(examples: dict[str, list[ExampleResult]], most: int) -> tuple[Promp
     )  # fmt: skip
 
 
-def _rows(store: ArtifactStore, ref: ArtifactRef, path: str) -> Iterator[dict[str, Any]]:
-    for line in store.read_lines(ref, path):
-        yield json.loads(line)
-
-
 def _place(name: str, order: tuple[str, ...]) -> tuple[int, str]:
     return (order.index(name) if name in order else len(order), name)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -65,20 +65,21 @@ class Lineage:
         return tuple(node for node in self.nodes if not node.is_inherited)
 
 
-def walk(store: ArtifactStore, verdict: ArtifactRef, dataset: ArtifactRef) -> Lineage:
+def walk(store: ArtifactStore, verdict: ArtifactRef, dataset: ArtifactRef, *further: ArtifactRef) -> Lineage:
     """Collect the verdict, its dataset and everything they were made from.
 
     Args:
         store: Where manifests are read.
         verdict: The artifact of kind `verdict`.
         dataset: The dataset that the run's stages used.
+        further: Artifacts of the run that need not have led to the verdict.
 
     Returns:
         The lineage in an order that depends on the manifests alone: by depth, stage and id.
     """
     manifests: dict[ArtifactRef, Manifest] = {}
-    own = _reach(store, [verdict, dataset], manifests, skip=("evaluation:champion",))
-    everything = _reach(store, [verdict, dataset], manifests)
+    own = _reach(store, [verdict, dataset, *further], manifests, skip=("evaluation:champion",))
+    everything = _reach(store, [verdict, dataset, *further], manifests)
     names = _model_names(manifests, verdict)
     depths: dict[ArtifactRef, int] = {}
     nodes = [

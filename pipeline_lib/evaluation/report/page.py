@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -10,8 +11,9 @@ from markupsafe import Markup
 from pipeline_lib.evaluation.report import views, wording
 from pipeline_lib.evaluation.report.charts import model_class, rule_chart
 from pipeline_lib.evaluation.report.comparison import accuracy_interval, compare
-from pipeline_lib.evaluation.report.gather import ReportData, gather
+from pipeline_lib.evaluation.report.gather import ReportData, RewardCard, gather
 from pipeline_lib.evaluation.report.graph import lineage_chart
+from pipeline_lib.evaluation.report.policy_views import frontier, policy_view
 from pipeline_lib.evaluation.report.reward_card import card_view
 from pipeline_lib.evaluation.stats import Bootstrap
 from pipeline_lib.schema import ArtifactRef, FunnelStep, Rejection
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from pipeline_lib.storage.store import ArtifactStore
 
 _SECTIONS = {
-    "verdict": "Verdict", "rows": "Rows", "training": "Training", "ppo": "PPO", "candidates": "Side by side",
-    "reward-model": "Reward model", "prompts": "Answers", "lineage": "Lineage",
+    "verdict": "Verdict", "rows": "Rows", "training": "Training", "rollouts": "Own samples",
+    "candidates": "Side by side", "reward-model": "Reward models", "prompts": "Answers", "lineage": "Lineage",
 }  # fmt: skip
 _EXCERPT_CHARACTERS = 200
 
@@ -34,6 +36,7 @@ def build_report(
     name: str,
     sampled_prompts: int,
     promotes: bool = True,
+    reward_models: Mapping[str, ArtifactRef] | None = None,
 ) -> str:
     """Build the report of a run as one HTML page that needs no other file and no network.
 
@@ -46,6 +49,7 @@ def build_report(
         name: The run's name.
         sampled_prompts: Held-out prompts to show with all answers.
         promotes: Whether the run promotes its winner.
+        reward_models: The run's further reward models by name.
 
     Returns:
         The page. All text out of artifacts is escaped.
@@ -54,8 +58,9 @@ def build_report(
         PipelineError: An artifact cannot be read.
     """
     data = gather(
-        store, verdict=verdict, dataset=dataset, name=name, sampled_prompts=sampled_prompts, promotes=promotes
-    )
+        store, verdict=verdict, dataset=dataset, reward_models=reward_models or {}, name=name,
+        sampled_prompts=sampled_prompts, promotes=promotes,
+    )  # fmt: skip
     template = _environment().get_template("page.html")
     return template.render(_context(data, verdict)) + "\n"
 
@@ -82,8 +87,8 @@ def _context(data: ReportData, verdict: ArtifactRef) -> dict[str, Any]:
     measured = [node.manifest.measurements for node in data.lineage.own]
     rules = [rule for candidate in data.verdict.candidates for rule in candidate.rules]
     shown = {
-        "rows": bool(data.funnels or data.splits), "training": bool(curves), "ppo": data.ppo is not None,
-        "candidates": bool(comparison), "reward-model": bool(data.report_card), "prompts": bool(data.prompts),
+        "rows": bool(data.funnels or data.splits), "training": bool(curves), "rollouts": bool(data.policy_runs),
+        "candidates": bool(comparison), "reward-model": bool(data.cards), "prompts": bool(data.prompts),
     }  # fmt: skip
     return {
         "data": data,
@@ -104,17 +109,25 @@ def _context(data: ReportData, verdict: ArtifactRef) -> dict[str, Any]:
         ],
         "rows_in_splits": sum(split.rows for split in data.splits),
         "curves": curves,
-        "ppo_charts": views.ppo_curves(data),
+        "policy_views": [policy_view(run) for run in data.policy_runs],
         "comparison": comparison,
+        "frontier": frontier(comparison),
         "models": list(data.examples),
         "num_prompts": min((len(rows) for rows in data.examples.values()), default=0),
-        "card": views.reward_model_tiles(data.report_card, accuracy_interval(data.report_card, bootstrap)),
-        "card_view": card_view(data.card_tables) if data.card_tables is not None else None,
+        "cards": [_card(card, bootstrap) for card in data.cards],
         "total_wall_s": sum(values.get("wall_s", 0.0) for values in measured),
         "highest_rss_bytes": max((values.get("peak_rss_bytes", 0.0) for values in measured), default=None),
         "configurations": views.configurations(data.lineage),
         "versions": views.versions(data.lineage),
         "none_mark": wording.NONE,
+    }
+
+
+def _card(card: RewardCard, bootstrap: Bootstrap) -> dict[str, Any]:
+    return {
+        "name": card.name,
+        "tiles": views.reward_model_tiles(card.figures, accuracy_interval(card.figures, bootstrap)),
+        "view": card_view(card.tables) if card.tables is not None else None,
     }
 
 

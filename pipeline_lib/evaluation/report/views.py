@@ -12,15 +12,20 @@ from ruamel.yaml import YAML
 
 from pipeline_lib.evaluation.report.charts import line_chart
 from pipeline_lib.evaluation.report.comparison import ComparisonRow
-from pipeline_lib.evaluation.report.gather import ReportData, Series, Training
+from pipeline_lib.evaluation.report.gather import ReportData, Training
 from pipeline_lib.evaluation.report.lineage import Lineage
+from pipeline_lib.evaluation.report.series import Series
 from pipeline_lib.evaluation.report.wording import bounds, count, number, percent, plain
 from pipeline_lib.schema import CandidateVerdict, Interval, Verdict
 
 _STAGE_TITLES = {
     "sft": "Supervised fine-tuning", "reward": "Reward model", "preference": "Preference optimisation",
-    "conditional": "Conditional fine-tuning", "ppo": "PPO",
+    "conditional": "Conditional fine-tuning", "ppo": "PPO", "rloo": "RLOO", "grpo": "GRPO",
 }  # fmt: skip
+_GROUP_CURVES = (
+    ("loss", "Loss"), ("policy_loss", "Policy loss"), ("kl_loss", "KL term of the loss"),
+    ("clip_frac", "Clipped share"), ("approx_kl_nats", "KL from the rollout policy (nats)"),
+)  # fmt: skip
 _CURVES: dict[str, tuple[tuple[str, str], ...]] = {
     "sft": (("loss", "Loss (nats a token)"), ("grad_norm_policy", "Gradient norm"), ("learning_rate", "Learning rate")),
     "reward": (("loss", "Loss"), ("accuracy_frac", "Training accuracy"), ("margin", "Margin of scores")),
@@ -30,15 +35,14 @@ _CURVES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "ppo": (
         ("loss", "Loss"), ("policy_loss", "Policy loss"), ("value_loss", "Value loss"),
-        ("clip_frac", "Clipped share"), ("approx_kl_nats", "KL from the rollout policy (nats)"),
+        ("explained_variance_frac", "Explained variance of returns"),
+        ("clip_frac", "Clipped share"), ("value_clip_frac", "Clipped share of values"),
+        ("approx_kl_nats", "KL from the rollout policy (nats)"),
     ),
+    "rloo": _GROUP_CURVES,
+    "grpo": _GROUP_CURVES,
 }  # fmt: skip
-_PPO_CURVES = (
-    ("score", "Score of the reward model"), ("ref_kl_nats", "KL from the reference (nats)"),
-    ("kl_coef", "KL coefficient"), ("response_tokens", "Response length (tokens)"),
-    ("finished_frac", "Share that ended by itself"), ("entropy_nats", "Entropy (nats a token)"),
-)  # fmt: skip
-_SET_FIGURES = ("learning_rate", "kl_coef")
+_SET_FIGURES = ("learning_rate",)
 _WORDS_OF_LENGTH_BIAS = 100
 
 
@@ -152,11 +156,6 @@ def stage_curves(data: ReportData) -> list[StageCurves]:
                 )
             )  # fmt: skip
     return found
-
-
-def ppo_curves(data: ReportData) -> tuple[Curve, ...]:
-    """Draw what the rollouts looked like over iterations."""
-    return _drawn(data.ppo.series, _PPO_CURVES, "iteration") if data.ppo else ()
 
 
 def reward_model_tiles(card: Mapping[str, float], accuracy: Interval) -> list[Tile]:

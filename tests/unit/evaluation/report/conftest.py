@@ -166,16 +166,32 @@ def ppo_files(num_iterations: int = 18) -> dict[str, bytes]:
                 "ref_kl_nats": 5 * share + 0.4 * abs(wave("k", iteration)), "kl_coef": 0.2 * 0.97**iteration,
                 "response_tokens": 42 - 9 * share + 2 * wave("t", iteration), "finished_frac": 0.6 + 0.3 * share,
                 "entropy_nats": 2.1 - share, "policy_loss": -0.02, "value_loss": 0.4 * (1 - share),
+                "shaped_score": 0.9 * share, "heldout_score": 0.1 + 0.5 * share - 0.4 * share**2,
+                "ref_kl_k2_nats": 4 * share, "ref_kl_k3_nats": 4.5 * share, "reward/length_weighted": 0.2 * share,
+                "reward/reward_model_weighted": 0.7 * share,
+                "distinct_1_frac": 0.8, "distinct_2_frac": 0.9 - 0.1 * share,
             }
             for place in range(4)
         ]  # fmt: skip
         samples += [
             {"iteration": iteration, "prompt": f"user\nWhat does os.walk do? ({place})", "score": share + place,
              "response": HOSTILE if iteration == 0 else "Generate the file names in a directory tree by walking it."}
-            for place in range(3)
+            for place in range(6)
         ]  # fmt: skip
     samples[-1]["score"] = math.nan
-    return {"metrics.jsonl": jsonl(rows), "samples.jsonl": jsonl(samples), "training.json": b'{"rows": 30}'}
+    facts = {"rows": 30, "breaches": ["iteration 7: <KL> too far", "iteration 18: too far"], "best_iteration": 15}
+    return {
+        "metrics.jsonl": jsonl(rows), "samples.jsonl": jsonl(samples), "training.json": json.dumps(facts).encode(),
+    }  # fmt: skip
+
+
+def grpo_files() -> dict[str, bytes]:
+    rows = [
+        {"step": at, "loss": 0.1, "policy_loss": 0.0, "kl_loss": 0.1, "iteration": at, "score": 0.1 * at,
+         "ref_kl_nats": 0.5 * at}
+        for at in range(4)
+    ]  # fmt: skip
+    return {"metrics.jsonl": jsonl(rows), "training.json": b"{}"}
 
 
 def examples(name: str, quality: float, num_rows: int = 12) -> bytes:
@@ -290,5 +306,11 @@ def synthetic_run(store: FakeStore, *, winner: str | None = "dpo", with_ppo: boo
 def synthetic() -> SimpleNamespace:
     """What builds runs: the store, a whole run, and pieces of one."""
     return SimpleNamespace(
-        store=FakeStore, run=synthetic_run, metrics=metrics, examples=examples, rule=rule, hostile=HOSTILE
+        store=FakeStore,
+        run=synthetic_run,
+        metrics=metrics,
+        examples=examples,
+        rule=rule,
+        hostile=HOSTILE,
+        grpo_files=grpo_files,
     )

@@ -77,7 +77,7 @@ def page(synthetic: SimpleNamespace) -> str:
 
 
 def test_every_section_stands_on_the_page_in_the_order_of_importance(page: str) -> None:
-    sections = ["verdict", "rows", "training", "ppo", "candidates", "reward-model", "prompts", "lineage"]
+    sections = ["verdict", "rows", "training", "rollouts", "candidates", "reward-model", "prompts", "lineage"]
     outline = outline_of(page)
     assert [name for name in outline.ids if name in sections] == sections
     assert [address for address in outline.addresses if address.startswith("#")] == [f"#{name}" for name in sections]
@@ -96,8 +96,8 @@ def test_the_page_is_well_formed_and_asks_for_nothing_else(page: str) -> None:
 def test_text_of_models_and_rows_is_escaped_wherever_it_stands(page: str, synthetic: SimpleNamespace) -> None:
     assert "<script>alert" not in page
     assert "<img src=x" not in page
-    # 2 of the drawn prompts x 4 models, 3 rollouts of PPO's first iteration, 1 quarantined row
-    assert outline_of(page).text.count(synthetic.hostile) == 2 * 4 + 3 + 1
+    # 2 of the drawn prompts x 4 models, 6 rollouts of PPO's first iteration, 1 quarantined row
+    assert outline_of(page).text.count(synthetic.hostile) == 2 * 4 + 6 + 1
 
 
 def test_the_verdict_comes_with_each_rule_its_figure_interval_threshold_and_reason(page: str) -> None:
@@ -151,13 +151,75 @@ def test_every_training_stage_has_its_curves(page: str) -> None:
     assert "120 steps on 60 rows" in text
     labels = re.findall(r'<svg class="chart" [^>]*aria-label="([^"]*)"', page)
     assert sum(label.startswith("Loss") for label in labels) == 4
-    for name in ("score", "ref kl (nats)", "kl coef", "response (tokens)"):
+    assert "Score over KL from the reference, by iteration" in labels
+    for name in ("kl coef", "response (tokens)", "finished", "entropy (nats)"):
         assert any(f"over iterations ({name})" in label for label in labels), name
     assert "nan" not in page.lower().replace("nanny", "")
 
 
 def test_ppo_samples_are_of_the_first_the_middle_and_the_last_iteration(page: str) -> None:
     assert re.findall(r"<h4>Iteration (\d+)</h4>", page) == ["1", "9", "18"]
+    assert re.findall(r"<summary>3 more of iteration (\d+)</summary>", page) == ["1", "9", "18"]
+    assert page.count('<div class="sample">') == 18
+
+
+def test_own_samples_are_drawn_as_reward_against_kl_and_as_proxy_against_held_out(page: str) -> None:
+    section = page[page.index('<section id="rollouts">') : page.index('<section id="candidates">')]
+    text = outline_of(section).text
+    assert "Reward against KL from iteration 1 to 18" in text
+    assert (
+        "Proxy and held-out reward apart where the policy has learned the proxy's faults trained against only" in text
+    )
+    assert "KL from the reference nats a response, by every estimator k1 k2 k3 " in text
+    assert "Parts of the score each with its weight length reward_model" in text
+    # Every iteration is a dot that tells its place, the first and the last one are named.
+    path = re.search(r'<svg[^>]*aria-label="Score over KL from the reference, by iteration">(.*?)</svg>', section)
+    assert path is not None
+    assert len(re.findall(r"<title>iteration \d+: ", path[1])) == 18
+    assert re.findall(r'class="label"[^>]*>(\d+)<', path[1]) == ["1", "18"]
+    held_out = re.search(r'aria-label="Proxy and held-out reward, over iterations">(.*?)</svg>', section)
+    assert held_out is not None
+    assert held_out[1].count('<polyline class="own"') == 2
+
+
+def test_breaches_of_limits_are_told_with_their_outcome(page: str) -> None:
+    assert (
+        "Circuit breaker. iteration 7: <KL> too far; iteration 18: too far. The training ended there; "
+        "the result is the best state, before iteration 16." in outline_of(page).text
+    )
+
+
+def test_the_frontier_shows_every_trained_model_at_its_kl_and_score(page: str) -> None:
+    drawing = re.search(r'aria-label="Held-out reward over KL of every model">(.*?)</svg>', page)
+    assert drawing is not None
+    # By hand: (-40 + quality) - (-40 - 2 quality) nats, the same for all rows of a model.
+    places = dict(re.findall(r"<title>(\w+): \S+ at (\S+)</title>", drawing[1]))
+    assert places == {"dpo": "2.40", "ppo": "1.95"}, "sft has a missing score, base is not trained"
+
+
+def test_other_methods_and_further_reward_models_have_their_own_parts(synthetic: SimpleNamespace) -> None:
+    store = synthetic.store()
+    inputs = synthetic.run(store)
+    manifest = store.manifest(inputs["verdict"])
+    grpo = store.add("grpo", "model", {"sft_model": manifest.inputs["reward_model"]}, synthetic.grpo_files())
+    judged = store.add("evaluate", "evaluation", {"model": grpo}, {"examples.jsonl": synthetic.examples("g", 0.7)})
+    verdict = store.add(
+        "gate", "verdict", {**manifest.inputs, "evaluation:small": judged},
+        {"verdict.json": store.contents[inputs["verdict"], "verdict.json"]},
+    )  # fmt: skip
+    card = json.dumps({"test_accuracy_frac": 0.625, "test_pairs": 16.0}).encode()
+    safe = store.add("reward", "reward_model", {"dataset": inputs["dataset"]}, {"report_card.json": card})
+    page = build_report(
+        store, verdict=verdict, dataset=inputs["dataset"], name="demo", sampled_prompts=0,
+        reward_models={"safe": safe},
+    )  # fmt: skip
+    text = outline_of(page).text
+    assert re.findall(r"<h3>(PPO|GRPO[^<]*?) <span", page) == ["PPO", "GRPO (small)"] * 2
+    assert "Proxy and held-out" in text[text.index("PPO model/") : text.index("GRPO (small) model/")]
+    assert "Proxy and held-out" not in text[text.index("GRPO (small) model/") :]
+    assert text.index("84.4 %") < text.index("safe further reward model Held-out accuracy 62.5 %")
+    assert "small: " in page, "the frontier has it"
+    assert safe.id in page, "and so has the lineage"
 
 
 def test_figures_that_are_missing_are_a_dash(page: str) -> None:
