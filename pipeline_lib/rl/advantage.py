@@ -82,7 +82,8 @@ def whiten(
     mean = counted.mean()
     divisor = max(counted.numel() - 1, 1) if unbiased else counted.numel()
     variance = (counted - mean).square().sum() / divisor
-    whitened = (values - mean) * torch.rsqrt(variance + epsilon)
+    # What does not count is set to 0 first: NaN there would reach the gradient through the variance.
+    whitened = (torch.where(mask, values, torch.zeros_like(values)) - mean) * torch.rsqrt(variance + epsilon)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, torch.zeros_like(whitened))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, Field
 
 from pipeline_lib.data.selection import RowSelection
+from pipeline_lib.errors import DataError
 from pipeline_lib.hashing import canonical_json, derive_seed
 from pipeline_lib.losses.reward import REWARD_LOSSES
+from pipeline_lib.losses.reward.safety import Safety
 from pipeline_lib.registry import PluginSpec
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
@@ -43,15 +45,18 @@ class RewardConfig(OfflineSettings):
         {"name": "bradley_terry", "centring": 0.01}, validate_default=True
     )
     """The objective and its parameters; `prefline list reward-losses` prints them all."""
+    safety: Safety | None = Field(None, title="Safety")
+    """For a safety model: it also learns which responses are safe, as its rows' tags say; null: it does not."""
     rows: RowSelection = RowSelection()
     """Which comparisons it learns from, and is tested on: a helpful and a safety model have their own."""
     max_test_rows: int = Field(256, ge=1)
     """Held-out comparisons that the report card is made on."""
-    normalize_on: Literal["held_out", "reference_samples"] = "held_out"
+    normalize_on: Literal["held_out", "reference_samples", "demonstrations"] = "held_out"
     """Whose scores have mean 0 and standard deviation 1: the held-out responses', or those of samples of
-    the SFT model (Ziegler et al. 2019), which then scale the head before training too."""
+    the SFT model (Ziegler et al. 2019), which then scale the head before training too. demonstrations:
+    those of the SFT split have mean 0, and no score is scaled (InstructGPT)."""
     normalize_samples: int = Field(256, ge=2)
-    """Prompts of the policy's split that the SFT model answers for it."""
+    """Prompts of the policy's split that the SFT model answers for it, or demonstrations."""
     normalize_tokens: int = Field(64, ge=1)
     """Tokens of such an answer, at most."""
 
@@ -71,10 +76,14 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
     held_out = config.rows.own(_comparisons(context, inputs, Split.REWARD_TEST))
     test_rows = stage.require_rows(held_out, _what(config), Split.REWARD_TEST)[: config.max_test_rows]
     samples = _reference_samples(config, inputs, context, directory, encoder)
+    demonstrations = _demonstrations(config, inputs, context, encoder)
     trained, layout = _model(config, directory, encoder, samples)
+    labels = {row.id: Label.of(row, config.safety) for row in train_rows}
+    if config.safety is not None and not any(label.is_safe for label in labels.values()):
+        raise _nothing_is_labelled(config.safety)
     recipe = RewardRecipe(
         trained, DataPlan.of([encoder.tree(row) for row in train_rows], config), layout,
-        objective=REWARD_LOSSES.build(config.loss), labels={row.id: Label.of(row) for row in train_rows},
+        objective=REWARD_LOSSES.build(config.loss), labels=labels, safety=config.safety,
     )  # fmt: skip
     series = stage.train(recipe, config, context, metric_prefix="reward")
     context.progress(1.0, f"measuring on {len(test_rows)} held-out comparisons")
@@ -82,7 +91,7 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
     dtype = dtype_for(config)
     moved = check_scores_do_not_move(trained.model, test_trees, layout, dtype=dtype)
     card, scores = _measure(trained, layout, test_rows, test_trees)
-    scale = normalization_of(_scores(trained, samples, layout) if samples else scores)
+    scale = _scale(trained, layout, samples, demonstrations, scores)
     figures = {**card.figures, **{f"normalization_{name}": value for name, value in scale.items()}}
     tables = card.model_dump(mode="json", exclude={"figures"})
     (context.workdir / "report_card.json").write_bytes(canonical_json({**figures, **tables, "scores_moved": moved}))
@@ -97,6 +106,14 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
     }
     stage.write_facts(context.workdir, facts)
     return StageOutput("reward_model", context.workdir, figures | {"last_loss": stage.tail_mean(series, "loss")})
+
+
+def _nothing_is_labelled(safety: Safety) -> DataError:
+    tags = (*safety.best_safe_tags, *safety.all_safe_tags, *safety.none_safe_tags)
+    return DataError(
+        f"reward.safety learns what is safe, and none of the comparisons has a tag that says so: {', '.join(tags)}",
+        next_step="tag the rows, name their tags in reward.safety, or set reward.safety: null",
+    )
 
 
 def _what(config: RewardConfig) -> str:
@@ -137,7 +154,7 @@ def _reference_samples(
     config: RewardConfig, inputs: Inputs, context: StageContext, directory: Path, encoder: Encoder
 ) -> list[Tree]:
     """Let the SFT model answer prompts of the policy's split; empty where nothing is normalised on them."""
-    if config.normalize_on == "held_out":
+    if config.normalize_on != "reference_samples":
         return []
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
     from pipeline_lib.models.precision import default_device, resolve_dtype  # noqa: PLC0415  (torch)
@@ -161,6 +178,31 @@ def _reference_samples(
         Tree(row.id, tuple(prompt), (one.ids,), (False,) * len(prompt))
         for row, prompt, one in zip(chosen, prompts, drawn, strict=True)
     ]
+
+
+def _demonstrations(config: RewardConfig, inputs: Inputs, context: StageContext, encoder: Encoder) -> list[Tree]:
+    """Return demonstrations of the SFT split; empty where nothing is normalised on them."""
+    if config.normalize_on != "demonstrations":
+        return []
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+
+    rows = [row for row in stage.read_records(context, inputs["dataset"], Split.SFT) if row.kind == "demonstration"]
+    chosen = stage.require_rows(rows, "demonstrations", Split.SFT)[: config.normalize_samples]
+    return [encoder.tree(row) for row in chosen]
+
+
+def _scale(
+    trained: TrainedModel, layout: Layout, samples: list[Tree], demonstrations: list[Tree], held_out: list[float]
+) -> dict[str, float]:
+    """Return gain and bias by whatever the scores are normalised on."""
+    if not demonstrations:
+        return normalization_of(_scores(trained, samples, layout) if samples else held_out)
+    import torch  # noqa: PLC0415
+
+    from pipeline_lib.losses.reward.normalization import mean_to_zero  # noqa: PLC0415  (torch)
+
+    gain, bias = mean_to_zero(torch.tensor(_scores(trained, demonstrations, layout), dtype=torch.float64))
+    return {"gain": gain, "bias": bias}
 
 
 def _scores(trained: TrainedModel, trees: list[Tree], layout: Layout) -> list[float]:

@@ -17,12 +17,13 @@ from pipeline_lib.training.settings import OptimizerSettings
 def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings) -> float:
     """Return the factor on the peak learning rate at a step, counted from 0.
 
-    Linear warm-up over `warmup_frac` of the steps, then constant, linear to 0, or cosine to
-    `final_frac`.
+    Linear warm-up over `warmup_frac` of the steps, `min_warmup_steps` at least, from `warmup_from_frac`;
+    then constant, linear to 0, or cosine to `final_frac`.
     """
-    warmup = math.ceil(settings.warmup_frac * num_steps)
+    warmup = max(math.ceil(settings.warmup_frac * num_steps), settings.min_warmup_steps)
     if step < warmup:
-        return (step + 1) / warmup
+        start = settings.warmup_from_frac
+        return start + (1 - start) * (step + 1) / warmup
     if settings.schedule == "constant":
         return 1.0
     done_frac = (step - warmup) / max(1, num_steps - warmup)

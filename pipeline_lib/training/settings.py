@@ -30,7 +30,11 @@ class OptimizerSettings(Frozen):
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up; linear falls to 0, cosine to `final_frac`."""
     warmup_frac: float = Field(0.05, ge=0, le=1)
-    """Share of the steps over which the learning rate rises linearly from 0."""
+    """Share of the steps over which the learning rate rises linearly from `warmup_from_frac` of its peak."""
+    min_warmup_steps: int = Field(0, ge=0)
+    """The warm-up takes so many steps at least, however few its share is."""
+    warmup_from_frac: float = Field(0.0, ge=0, lt=1)
+    """Share of the peak at which the warm-up begins; InstructGPT's PPO takes 0.1."""
     final_frac: float = Field(0.1, ge=0, le=1)
     """Share of the peak at which the cosine ends."""
     max_grad_norm: float = Field(1.0, gt=0)

@@ -20,6 +20,7 @@ from tests.golden.check_gate import example
 BOOTSTRAP = Bootstrap(resamples=200)
 WORDS = ("the", "a", "model", "answers", "with", "some", "words", "about", "light", "air", "blue", "sky", "why")
 MISSING: dict[str, dict[str, Any]] = {
+    "bleu": {"reference": ""},
     "distinct_n": {"response": "?"},
     "kl": {"logp": None},
     "perplexity": {"reference_nll_nats": None},
@@ -29,6 +30,8 @@ MISSING: dict[str, dict[str, Any]] = {
 }
 """What takes the figure from every metric that a row may lack; counts and flags are always there."""
 ALWAYS_THERE = {"finished", "length"}
+OF_TEXTS = {"bleu", "distinct_n"}
+"""Metrics that read texts, which are no numbers."""
 JUDGE = {"test_accuracy_frac": 0.75, "test_pairs": 40.0}
 
 every_metric = pytest.mark.parametrize("name", list(GATE_METRICS))
@@ -43,8 +46,10 @@ def evidence(*, num: int = 24, seed: int = 0) -> Evidence:
     draw = random.Random(seed)
 
     def row(number: int) -> ExampleResult:
+        response = draw.choices(WORDS, k=draw.randrange(4, 12))
         return example(
-            number, response=" ".join(draw.choices(WORDS, k=draw.randrange(4, 12))), score=draw.gauss(0, 1),
+            number, response=" ".join(response), reference=" ".join((*response[: number % 8], "sky")),
+            score=draw.gauss(0, 1),
             response_tokens=draw.randrange(4, 20), is_finished=draw.random() < 0.8, rouge_l_frac=draw.random(),
             reference_nll_nats=draw.uniform(3, 9), logp=draw.uniform(-20, -5), reference_model_logp=-12.0,
         )  # fmt: skip
@@ -138,7 +143,7 @@ def test_a_missing_figure_gives_nothing(name: str, model: str) -> None:
         assert is_nothing(measure(name, given, **parameters))
 
 
-@pytest.mark.parametrize("name", [name for name in MISSING if name != "distinct_n"])
+@pytest.mark.parametrize("name", [name for name in MISSING if name not in OF_TEXTS])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_figure_that_is_not_finite_gives_nothing(name: str, bad: float) -> None:
     given = changed(evidence(), "dpo", 7, **dict.fromkeys(MISSING[name], bad))
@@ -188,6 +193,9 @@ TWO = Evidence(
     JUDGE,
 )  # fmt: skip
 BY_HAND: list[tuple[str, dict[str, Any], float]] = [
+    # Against "a b c" twice: of "a b a b" and "a c" match a, b and a, c of 6 words, ab of 4 pairs; lengths are alike.
+    ("bleu", {"max_n": 2}, math.sqrt(4 / 6 * 1 / 4)),
+    ("bleu", {"max_n": 2, "against": "base"}, math.sqrt(4 / 6 * 1 / 4) - math.sqrt(3 / 6 * 2 / 4)),
     ("distinct_n", {}, 3 / 4),  # ab, ba, ab; ac
     ("distinct_n", {"n": 1}, 3 / 6),
     ("distinct_n", {"against": "base"}, (3 / 4) / (4 / 4)),

@@ -7,6 +7,7 @@ _HERE = "pipeline_lib.evaluation.gate_metrics"
 GATE_METRICS = Table(
     "gate metric",
     {
+        "bleu": f"{_HERE}.bleu:Bleu",
         "distinct_n": f"{_HERE}.distinct_n:DistinctN",
         "finished": f"{_HERE}.finished:Finished",
         "kl": f"{_HERE}.kl:Kl",

@@ -33,3 +33,23 @@ def normalization(score_N: Tensor, *, target_mean: float = 0.0, target_std: floa
         raise ValueError(f"scores of deviation {std} cannot be normalised")
     gain = target_std / std
     return gain, target_mean - gain * mean
+
+
+def mean_to_zero(score_N: Tensor) -> tuple[float, float]:
+    """Return the gain 1 and the bias that gives scores the mean 0, taken in float64.
+
+    Args:
+        score_N: Raw scores of demonstrations.
+
+    Returns:
+        `(gain, bias)`: normalised = gain * score + bias.
+
+    Raises:
+        ValueError: There is no score, or one is not finite.
+
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5: demonstrations have a mean score of 0 before RL.
+    """
+    wide_N = score_N.detach().double()
+    if wide_N.ndim != 1 or not len(wide_N) or not bool(wide_N.isfinite().all()):
+        raise ValueError(f"scores {tuple(score_N.shape)} must be (N,), at least one, and all finite")
+    return 1.0, -float(wide_N.mean())

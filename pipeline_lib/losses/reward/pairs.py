@@ -77,7 +77,7 @@ def safety_classification(logit_N: Tensor, is_safe_N: Tensor) -> Tensor:
     """Return the binary cross-entropy of each example, the auxiliary loss of a safety reward model.
 
     Args:
-        logit_N: Output of the classification head, above 0 for safe.
+        logit_N: Above 0 for safe: the score itself, or the output of a head of its own.
         is_safe_N: True where the example is safe.
 
     Raises:

@@ -188,7 +188,9 @@ class PreferenceRecipe(OfflineRows):
         trees = [self.mismatched[tree.record_id] for tree in rows]
         found = response_logps(self.policy.model, trees, self.layout)
         own = [found[tree.record_id][0] for tree in trees]
-        return torch.tensor(own), torch.tensor([self.reference[tree.record_id][0] for tree in trees])
+        reference = [self.reference[tree.record_id][0] for tree in trees]
+        # Wide until they meet the policy's own format, which may be float64.
+        return torch.tensor(own, dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)
 
     @property
     def _ranks(self) -> dict[str, tuple[int, ...]]:
