@@ -137,6 +137,12 @@ class PrefectUnavailableError(PipelineError):
     code, exit_code, is_transient = "E_PREFECT", 40, True
 
 
+class GeneratorError(PipelineError):
+    """A generator of responses, such as a vLLM server, cannot be reached or does not answer as it must."""
+
+    code, exit_code, is_transient = "E_GENERATOR", 34, True
+
+
 class TrackingError(PipelineError):
     """MLflow does not answer where its answer is needed: registration and promotion."""
 

@@ -45,6 +45,8 @@ class Sample:
     """Token ids, ending with the end-of-turn token where the response is finished."""
     is_finished: bool
     """True where the model ended its turn itself."""
+    logps: tuple[float, ...] | None = None
+    """Log-probability of each token as another program's sampler says, nats; compared, never trained on."""
 
 
 def sample(
@@ -106,7 +108,7 @@ def _generate(
     There are as many seeds as samples: a prompt is computed once, and its state repeated for each of its samples.
     """
     device = model.device
-    shared = _common_prefix(prompts)
+    shared = common_prefix(prompts)
     own = [prompt[shared:] for prompt in prompts]
     width = max(len(prompt) for prompt in own)
     cache = DynamicCache(config=model.config)
@@ -133,7 +135,7 @@ def _generate(
         if step == 0 and copies > 1:
             cache.batch_repeat_interleave(copies)
             logits_BV, mask_BT, position_B = _repeated((logits_BV, mask_BT, position_B), copies)
-        token_B = _draw(logits_BV, settings, [noise[row] for row in active])
+        token_B = draw_tokens(logits_BV, settings, [noise[row] for row in active])
         for row, token in zip(active, token_B, strict=True):
             generated[row].append(token)
         going = [place for place, token in enumerate(token_B) if token != eos_id or not settings.stops_at_eos]
@@ -156,7 +158,7 @@ def _repeated(tensors: Sequence[Tensor], copies: int) -> list[Tensor]:
     return [tensor.repeat_interleave(copies, dim=0) for tensor in tensors]
 
 
-def _common_prefix(prompts: list[list[int]]) -> int:
+def common_prefix(prompts: list[list[int]]) -> int:
     """Count the first tokens that all prompts share; at least one token of each is left."""
     if len(prompts) < 2:
         return 0
@@ -168,7 +170,7 @@ def _common_prefix(prompts: list[list[int]]) -> int:
     return length
 
 
-def _draw(logits_BV: Tensor, settings: SamplingSettings, noise: list[torch.Generator]) -> list[int]:
+def draw_tokens(logits_BV: Tensor, settings: SamplingSettings, noise: list[torch.Generator]) -> list[int]:
     """Draw one token a row by inverting the cumulative distribution at the row's own uniform number."""
     if settings.temperature == 0:
         return [int(token) for token in logits_BV.argmax(-1)]

@@ -76,6 +76,7 @@ def plugin_tables() -> dict[str, Table]:
         "losses": "pipeline_lib.losses.preference:PREFERENCE_LOSSES",
         "reward-losses": "pipeline_lib.losses.reward:REWARD_LOSSES",
         "rewards": "pipeline_lib.training.rewards:REWARD_SOURCES",
+        "generators": "pipeline_lib.generation:GENERATORS",
         "gate-metrics": "pipeline_lib.evaluation.gate_metrics:GATE_METRICS",
     }
     tables: dict[str, Table] = {}

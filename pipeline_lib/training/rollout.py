@@ -40,6 +40,8 @@ class Rollouts:
     """Normalised score of a reward model that the policy is not trained against."""
     parts_R: dict[str, Tensor] = field(default_factory=dict)
     """What the score is made of, by name, where it has parts."""
+    mismatch_nats: Tensor | None = None
+    """Mean difference a token between the log-probabilities of sampler and trainer; None where they are one model."""
 
     @property
     def lengths_R(self) -> list[int]:
@@ -64,7 +66,9 @@ class Rollouts:
         """Return the whole as tensors, for a checkpoint."""
         prompts = [torch.tensor(tree.prompt_ids) for tree in self.trees]
         responses = [torch.tensor(tree.response_ids[0]) for tree in self.trees]
-        further = {"full_kl_N": self.full_kl_N, "heldout_score_R": self.heldout_score_R}
+        further = {
+            "full_kl_N": self.full_kl_N, "heldout_score_R": self.heldout_score_R, "mismatch_nats": self.mismatch_nats,
+        }  # fmt: skip
         return {
             **{name: value for name, value in further.items() if value is not None},
             **{_PART + name: value for name, value in self.parts_R.items()},
