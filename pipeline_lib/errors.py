@@ -102,6 +102,12 @@ class ConditionalWriteError(PipelineError):
     code, exit_code = "E_NO_CONDITIONAL_WRITES", 26
 
 
+class DiskAccessError(PipelineError):
+    """A local file or folder cannot be opened: no permission, a read-only disk, too many open files."""
+
+    code, exit_code = "E_DISK_ACCESS", 27
+
+
 class DivergedError(PipelineError):
     """Training stopped itself: a non-finite number, a KL explosion or a broken invariant."""
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from pipeline_lib.errors import IntegrityError
 from pipeline_lib.models.baking import bake
 from pipeline_lib.models.base import load_causal_model, stored_dtype
+from pipeline_lib.schema import Message, Role
 from pipeline_lib.text.chat_template import ChatTokenizer
 
 MAX_LOGIT_DIFFERENCE = 1e-3
+_DIALOGUE: tuple[tuple[Role, str], ...] = (("user", "Hi."), ("assistant", "Yes?"), ("user", "What is 2 + 2?"))
 
 
 def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: Callable[..., Any]) -> str:
@@ -34,7 +36,7 @@ def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: C
 
     Raises:
         ConfigError: The model is prefix-tuned, which the registry cannot hold.
-        IntegrityError: The model loaded back answers differently.
+        IntegrityError: The model loaded back answers differently, or its tokenizer writes another prompt.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -48,8 +50,9 @@ def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: C
         {"model": model, "tokenizer": chat.tokenizer}, name="model", task="text-generation",
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in packages],
     )  # fmt: skip
-    loaded = load_model(logged.model_uri, return_type="components")["model"]
-    found = _logits(loaded.cpu(), [*first_ids, *ids])[len(first_ids) :, : expected.shape[1]]
+    parts = load_model(logged.model_uri, return_type="components")
+    _require_template(chat, parts["tokenizer"])
+    found = _logits(parts["model"].cpu(), [*first_ids, *ids])[len(first_ids) :, : expected.shape[1]]
     apart = float((found - expected).abs().max())
     if not apart <= MAX_LOGIT_DIFFERENCE:
         raise IntegrityError(
@@ -58,6 +61,19 @@ def log_and_verify(directory: Path, log_model: Callable[..., Any], load_model: C
         )
     uri: str = logged.model_uri
     return uri
+
+
+def _require_template(chat: ChatTokenizer, served: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that renders a dialogue in another way than in training, or to other ids."""
+    turns = tuple(Message(role=role, content=text) for role, text in _DIALOGUE)
+    mine, theirs = (
+        each.render(turns, add_generation_prompt=True) for each in (chat, ChatTokenizer(served))
+    )  # fmt: skip
+    if mine != theirs or chat.ids(mine) != ChatTokenizer(served).ids(mine):
+        raise IntegrityError(
+            f"the chat template that MLflow loads back is not the one of training: {theirs!r} instead of {mine!r}",
+            next_step="the registry was not changed; report this as a bug with both folders",
+        )
 
 
 def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:

@@ -61,6 +61,7 @@ def run(config: EvaluateConfig, inputs: Inputs, context: StageContext) -> StageO
 
     directory = stage.fetch_model(context, inputs["model"], "model")
     chat = ChatTokenizer.load(directory)
+    stage.require_template(directory, chat)
     encoder = Encoder(chat, config.max_prompt_tokens, max_response_tokens=4 * config.max_new_tokens)
     records = held_out(list(stage.read_records(context, inputs["dataset"], Split.GATE)), config)
     trees = [encoder.tree(record) for record in stage.require_rows(records, "rows", Split.GATE)]

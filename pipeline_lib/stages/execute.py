@@ -159,16 +159,27 @@ class _Silent:
 
 
 def as_pipeline_error(error: OSError) -> PipelineError | OSError:
-    """Name a full disk; any other error of the operating system stays as it is."""
+    """Name a disk that is full or cannot be used; any other error of the operating system stays as it is."""
     import errno  # noqa: PLC0415  (an error path only)
 
-    from pipeline_lib.errors import DiskFullError  # noqa: PLC0415
+    from pipeline_lib.errors import DiskAccessError, DiskFullError  # noqa: PLC0415
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(Path.cwd()).free
         return DiskFullError(
             f"no room left on the disk while writing {error.filename or 'a file'} ({free:,} bytes free)",
             next_step="free some space and run the same command again; finished stages do not run again",
+        )
+    where = error.filename or "a file"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DiskAccessError(
+            f"{where} may not be written: {error.strerror}",
+            next_step="set runtime.home to a folder that can be written, and run the same command again",
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return DiskAccessError(
+            f"{where} cannot be opened: {error.strerror}",
+            next_step="raise the limit of open files (`ulimit -n 4096`) and run the same command again",
         )
     return error
 

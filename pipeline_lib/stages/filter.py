@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from pydantic import Field, field_validator
 
+from pipeline_lib.data.decontaminate import HELD_OUT, Decontamination, HeldOutRuns
 from pipeline_lib.data.dedup import (
     DedupConfig,
     RowKeys,
@@ -71,6 +72,8 @@ class FilterConfig(Frozen):
     """Steps over the whole set, after the rules."""
     split: SplitConfig = SplitConfig()
     """How prompts are divided."""
+    decontaminate: Decontamination | None = Field(None, title="Decontamination")
+    """After dividing: refuse training rows that quote held-out ones, e.g. `{words: 13}`; null: keep them."""
     min_rows: int = Field(1, ge=1)
     """Fewest rows that each split with a fraction above 0 must get."""
 
@@ -121,8 +124,10 @@ def run(config: FilterConfig, inputs: Inputs, context: StageContext) -> StageOut
         if not alive:
             raise nothing_left("the filtered set", tallies, next_step="relax the rules named, or collect more rows")
         context.progress(0.7, "dividing prompts")
-        splits = assign_splits([kept.links[index] for index in alive], config.split)
-        counts = _write_splits(passed, refused, dict(zip(alive, splits, strict=True)), context.workdir, rejections)
+        splits = dict(zip(alive, assign_splits([kept.links[index] for index in alive], config.split), strict=True))
+        if config.decontaminate is not None:
+            refused |= _contaminated(config.decontaminate, passed, splits, kept.rows, tallies)
+        counts = _write_splits(passed, refused, splits, context.workdir, rejections)
     _check_sizes(counts, config)
     return _finish(tallies, counts, context.workdir)
 
@@ -204,6 +209,28 @@ def _apply_steps_over_all(
                 tally.keep()
         refused |= {index: (name, refusal) for index, refusal in found.items()}
         tallies.append(tally)
+    return refused
+
+
+def _contaminated(
+    config: Decontamination, passed: Path, splits: dict[int, Split], rows: list[RowKeys], tallies: list[Tally]
+) -> dict[int, tuple[str, Refusal]]:
+    """Return the training rows that quote held-out ones: the step's name and why."""
+    runs = HeldOutRuns(config)
+    for index, record in enumerate(read_records(passed)):
+        if splits.get(index) in HELD_OUT:
+            runs.add(record)
+    name, tally, refused = "decontaminate", Tally("decontaminate"), dict[int, tuple[str, Refusal]]()
+    for index, record in enumerate(read_records(passed)):
+        if index not in splits:
+            continue
+        found = None if splits[index] in HELD_OUT else runs.refusal(record)
+        if found is None:
+            tally.keep()
+        else:
+            refused[index] = (name, found)
+            tally.reject(found.code, f"{rows[index].where}: {found.reason}")
+    tallies.append(tally)
     return refused
 
 

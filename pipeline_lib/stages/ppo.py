@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -62,7 +65,8 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
     directory = stage.fetch_model(context, inputs["sft_model"], "sft_model")
     reward_directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
     encoder = stage.encoder_for(directory, config, max_response_tokens=config.max_new_tokens)
-    records = policy_prompts(config, list(stage.read_records(context, inputs["dataset"], Split.POLICY)), context)
+    rows = list(stage.read_records(context, inputs["dataset"], Split.POLICY))
+    records = policy_prompts(config, rows, context, encoder=encoder)
     prompts = _prompts(encoder, records)
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
@@ -153,8 +157,18 @@ def _breaker_facts(recipe: PpoRecipe) -> dict[str, object]:
     return {"breaches": breaker.breaches, "best_iteration": breaker.best_iteration}
 
 
-def policy_prompts(config: PpoConfig, records: list[Record], context: StageContext) -> list[Record]:
+def policy_prompts(
+    config: PpoConfig, records: list[Record], context: StageContext, *, encoder: Encoder
+) -> list[Record]:
     """Return the records with their last user turn cut to whole sentences, where that is configured.
+
+    Of too long a prompt the sentences that fit are kept, so that it still ends with a whole one.
+
+    Args:
+        config: The marks, and how long a prompt may be.
+        records: The rows, in their order.
+        context: Told how many are left out.
+        encoder: Counts tokens.
 
     Raises:
         DataError: A prompt is empty; the rows are named.
@@ -167,13 +181,24 @@ def policy_prompts(config: PpoConfig, records: list[Record], context: StageConte
         )
     if config.prompt_start_text is None and config.prompt_end_text is None:
         return records
+    whole = replace(encoder, max_prompt_tokens=sys.maxsize)
+
+    def with_text(record: Record, text: str) -> Record:
+        messages = (*record.messages[:-1], record.messages[-1].model_copy(update={"content": text}))
+        return record.model_copy(update={"messages": messages})
+
+    def fits(record: Record, text: str) -> bool:
+        ids, _ = whole.prompt(with_text(record, text).messages, where=f"row {record.id[:12]}")
+        return len(ids) <= config.max_prompt_tokens
+
     kept = []
     for record in records:
-        last = record.messages[-1]
-        text = cropped(last.content, start_text=config.prompt_start_text, end_text=config.prompt_end_text)
+        text = cropped(
+            record.messages[-1].content, start_text=config.prompt_start_text, end_text=config.prompt_end_text,
+            fits=partial(fits, record),
+        )  # fmt: skip
         if text is not None:
-            messages = (*record.messages[:-1], last.model_copy(update={"content": text}))
-            kept.append(record.model_copy(update={"messages": messages}))
+            kept.append(with_text(record, text))
     context.log(f"{len(records) - len(kept)} of {len(records)} prompts have no whole sentence and are left out")
     return kept
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pipeline_lib.errors import DataError, InterruptedRunError
+from pipeline_lib.errors import DataError, IntegrityError, InterruptedRunError
 from pipeline_lib.hashing import canonical_json
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.schema import ArtifactRef, Record, Split
@@ -102,6 +102,26 @@ def train(
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:
     """Write `training.json`: what was resolved at run time and belongs to the model's identity."""
     (directory / "training.json").write_bytes(canonical_json(facts))
+
+
+def require_template(directory: Path, chat: ChatTokenizer) -> None:
+    """Refuse a model whose chat template is not the one that it was trained with.
+
+    Args:
+        directory: Its `model/` folder, with `training.json` beside it where it was trained here.
+        chat: The tokenizer of the folder.
+
+    Raises:
+        IntegrityError: The two differ, so that the model would be asked in a form it has never seen.
+    """
+    facts = directory.parent / "training.json"
+    trained_with = read_json(facts).get("template_sha256") if facts.is_file() else None
+    if trained_with not in (None, chat.template_sha256):
+        raise IntegrityError(
+            f"the chat template in {directory.name}/ has sha256 {chat.template_sha256[:12]}, the model was trained "
+            f"with {trained_with[:12]}",
+            next_step="train the model again; if that does not help, report this as a bug",
+        )
 
 
 def tail_mean(series: list[dict[str, float]], name: str) -> float:

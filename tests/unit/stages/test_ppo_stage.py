@@ -19,7 +19,7 @@ from pipeline_lib.stages.pretraining import pin_pretraining
 from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.breaker import CircuitBreaker
-from tests.toy import record, write_reward_model
+from tests.toy import encoder, record, write_reward_model
 
 pytestmark = pytest.mark.servers
 
@@ -135,7 +135,16 @@ def test_empty_prompts_are_named(bench: Bench) -> None:
     blank = record("blank")
     blank = blank.model_copy(update={"messages": (blank.messages[0].model_copy(update={"content": " \n"}),)})
     with pytest.raises(DataError, match=f"1 prompts of the policy split are empty; rows: {blank.id[:12]}"):
-        policy_prompts(config(), [*PROMPTS, blank], bench.context())
+        policy_prompts(config(), [*PROMPTS, blank], bench.context(), encoder=encoder())
+
+
+def test_long_prompts_keep_the_sentences_that_fit(bench: Bench) -> None:
+    """The template takes 19 tokens of bytes, so 27 leave eight: OpenAI cuts to the length before it cuts to a mark."""
+    chosen = config(prompt_start_text=".", prompt_end_text=".", max_prompt_tokens=27)
+    rows = [record("Begin. One two. Three. Four"), record("Begin. All of this is too long.")]
+    kept = policy_prompts(chosen, rows, bench.context(), encoder=encoder(max_prompt_tokens=27))
+    assert [row.messages[-1].content for row in kept] == ["One two."]
+    assert "1 of 2 prompts have no whole sentence and are left out" in bench.told.lines
 
 
 def test_an_unknown_held_out_reward_model_is_refused() -> None:

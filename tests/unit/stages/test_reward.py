@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from pipeline_lib.data.place import LocalPlaces
@@ -19,12 +20,16 @@ from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
 from pipeline_lib.evaluation.report_card import ReportCard
 from pipeline_lib.evaluation.stats import Bootstrap
+from pipeline_lib.models.heads import load_scalar_model
+from pipeline_lib.models.scoring import Layout, response_scores
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.schema import ArtifactRef, Message, Origin, Record, Response
 from pipeline_lib.stages.contract import StageContext, StageOutput
 from pipeline_lib.stages.reward import RewardConfig, normalization_of, run
 from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
+from pipeline_lib.text.chat_template import ChatTokenizer
+from pipeline_lib.text.encode import Encoder
 from pipeline_lib.validation import validate
 
 pytestmark = pytest.mark.servers
@@ -75,7 +80,7 @@ class Bench:
     def dataset(self, **splits: list[Record]) -> ArtifactRef:
         directory = self.tmp_path / f"dataset-{len(list(self.tmp_path.iterdir()))}"
         directory.mkdir()
-        for split in ("reward", "reward_test", "policy"):
+        for split in ("sft", "reward", "reward_test", "policy"):
             lines = [record.model_dump_json() + "\n" for record in splits.get(split, [])]
             (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         return self._commit(directory, "dataset")
@@ -173,6 +178,38 @@ def test_scores_of_reference_samples_are_normalised(bench: Bench) -> None:
     assert gains[0] == pytest.approx(1.0, rel=0.01)
     again = bench.run(dataset, **how, optimizer={"learning_rate": 1e-5})
     assert read(again, "report_card.json") == read(sampled, "report_card.json")
+
+
+def demonstration(n: int) -> Record:
+    return Record.create(
+        (Message(role="user", content=f"show {n}"),), (Response(content=f"so {n}"),), origin=Origin(source="s")
+    )
+
+
+def test_demonstrations_have_a_mean_score_of_0(bench: Bench) -> None:
+    """As in InstructGPT: moved, not scaled; neither comparisons of the split nor further rows count."""
+    shown = [demonstration(n) for n in range(6)]
+    parts = {"reward": [pair(n) for n in range(8)], "reward_test": [pair(n) for n in range(50, 54)]}
+    dataset = bench.dataset(sft=[pair(90), *shown], **parts)
+    output = bench.run(dataset, max_steps=1, normalize_on="demonstrations", normalize_samples=4)
+    scale = read(output, "normalization.json")
+    encoder = Encoder(ChatTokenizer.load(output.directory / "model"), 64, 48)
+    model = load_scalar_model(output.directory / "model", dtype=torch.float32).eval()
+    trees = [encoder.tree(row) for row in shown[:4]]
+    raw = [score for row in response_scores(model, trees, Layout(True, 0, 1024)).values() for score in row]
+    assert scale["gain"] == 1.0
+    assert sum(raw) / 4 + scale["bias"] == pytest.approx(0.0, abs=1e-4)
+    with pytest.raises(DataError, match="the split 'sft' holds no demonstrations"):
+        bench.run(bench.dataset(**parts), normalize_on="demonstrations")
+
+
+def test_a_safety_model_learns_from_tags_what_is_safe(bench: Bench) -> None:
+    rows = [pair(n, "harmless", "best-safe") for n in range(8)]
+    dataset = bench.dataset(reward=rows, reward_test=[pair(n) for n in range(50, 54)])
+    bench.run(dataset, max_steps=2, safety={"coef": 0.5})
+    assert all(0 <= figures["reward/safety_accuracy_frac"] <= 1 for figures in bench.told.steps)
+    with pytest.raises(DataError, match="none of the comparisons has a tag that says so: yes, all-safe, none-safe"):
+        bench.run(dataset, safety={"best_safe_tags": ["yes"]})
 
 
 def test_normalisation_by_hand() -> None:
