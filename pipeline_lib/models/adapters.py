@@ -159,5 +159,11 @@ def without_adapter(adapter: Adapter | None) -> Iterator[None]:
         off = adapter.switched_off()
     else:
         off = nullcontext() if adapter is None else adapter.disable_adapter()
-    with off:
-        yield
+    trained = [] if adapter is None else [value for value in adapter.parameters() if value.requires_grad]
+    try:
+        with off:
+            yield
+    finally:
+        # Where several adapters are on one base, peft would let its active one alone be trained again.
+        for parameter in trained:
+            parameter.requires_grad_(True)

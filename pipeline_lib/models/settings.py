@@ -92,3 +92,8 @@ AdapterSettings = Annotated[
 
 ADAPTERS: tuple[type[Frozen], ...] = (LoraSettings, QloraSettings, Ia3Settings, PrefixSettings, PromptSettings)
 """All of them, for listings and documentation."""
+
+
+def can_share(settings: AdapterSettings | None) -> bool:
+    """Tell whether an adapter only adds to a layer's output, so that several can stand on one layer."""
+    return isinstance(settings, LoraSettings) and not settings.use_dora

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 
 from pipeline_lib.errors import MemoryLimitError
+from pipeline_lib.models.settings import can_share
 from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.storage.store import ArtifactStore
@@ -67,9 +68,12 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
 
 
 def _copies(settings: TrainingSettings) -> int:
-    """Count the backbones that a candidate's training holds: PPO has a critic, and references where weights train."""
+    """Count the backbones that a candidate's training holds, at least: four where PPO trains them whole.
+
+    Adapters of PPO's critic stand on the policy's own base, or on a second one.
+    """
     if isinstance(settings, GroupSettings):
         return 2  # policy and reward model; where all weights train, what is frozen counts for the rest
     if not isinstance(settings, PpoSettings):
         return 1
-    return 2 if settings.adapter is not None else 4
+    return (1 if can_share(settings.adapter) else 2) if settings.adapter is not None else 4

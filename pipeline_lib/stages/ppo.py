@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from pipeline_lib.errors import ConfigError, DataError, DivergedError
+from pipeline_lib.models.settings import can_share
 from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.stages.names import Name
@@ -24,10 +25,11 @@ from pipeline_lib.training.settings import PpoSettings
 
 if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder, Tree
-    from pipeline_lib.training.critic import FrozenRewardModel
+    from pipeline_lib.training.critic import Critic, FrozenRewardModel
     from pipeline_lib.training.recipes.ppo import PpoRecipe
+    from pipeline_lib.training.trained_model import TrainedModel
 
-VERSION = 1
+VERSION = 2
 HELDOUT = "heldout_reward_model"
 """Name of the input that measures and is not trained against."""
 SHOWN_ROWS = 8
@@ -57,7 +59,6 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
     """
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.critic import Critic, Normalization  # noqa: PLC0415  (torch)
     from pipeline_lib.training.recipes.ppo import PpoRecipe  # noqa: PLC0415  (torch)
     from pipeline_lib.training.reference import Reference  # noqa: PLC0415  (torch)
     from pipeline_lib.training.trained_model import dtype_for, prepare  # noqa: PLC0415  (torch)
@@ -70,10 +71,7 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
     prompts = _prompts(encoder, records)
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
-    normalization = Normalization(**stage.read_json(reward_directory.parent / "normalization.json"))
-    critic = Critic(
-        reward_directory, config, normalization, seed=config.seed + 1, value_init=config.value_init
-    )  # fmt: skip
+    critic = _critic(config, policy, reward_directory, inputs, context)
 
     def on_speed(step: int, speeds: Mapping[str, float]) -> None:
         # Beside the series: what differs from run to run must not be in the artifact.
@@ -100,6 +98,31 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
     stage.write_facts(context.workdir, facts | _breaker_facts(recipe))
     names = ("score", "ref_kl_nats", "kl_coef", "response_tokens", "finished_frac")
     return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})
+
+
+def _critic(
+    config: PpoConfig, policy: TrainedModel, reward_directory: Path, inputs: Inputs, context: StageContext
+) -> Critic:
+    """Put the critic on the policy's base where the reward model was trained on that; else load its own."""
+    from pipeline_lib.models.shared_base import ADAPTER_FOLDER, read_adapter  # noqa: PLC0415  (torch)
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+    from pipeline_lib.stages.reference_logps import weights_of  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.critic import Critic, Normalization  # noqa: PLC0415  (torch)
+
+    normalization = Normalization(**stage.read_json(reward_directory.parent / "normalization.json"))
+    stored = read_adapter(reward_directory.parent / ADAPTER_FOLDER)
+    if stored is None:
+        reason = "the reward model has no adapter of its own"
+    elif not can_share(config.adapter):
+        reason = "the policy has no plain LoRA adapter"
+    elif stored.note.base_sha256 != weights_of(context, inputs["sft_model"]):
+        reason = "the reward model was trained on other weights than those that the policy starts from"
+    else:
+        return Critic.on_policy(
+            policy, stored, normalization, seed=config.seed + 1, value_init=config.value_init
+        )  # fmt: skip
+    context.log(f"{reason}: value function and reward model get a base of their own")
+    return Critic(reward_directory, config, normalization, seed=config.seed + 1, value_init=config.value_init)
 
 
 def heldout_input(config: PpoConfig, models: Mapping[str, ArtifactRef]) -> dict[str, ArtifactRef]:

@@ -12,6 +12,7 @@ from pipeline_lib.errors import DataError
 from pipeline_lib.hashing import canonical_json, derive_seed
 from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.losses.reward.safety import Safety
+from pipeline_lib.models.settings import LoraSettings, can_share
 from pipeline_lib.registry import PluginSpec
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder, Tree
     from pipeline_lib.training.trained_model import TrainedModel
 
-VERSION = 2
+VERSION = 3
 
 
 def _complete(spec: PluginSpec) -> PluginSpec:
@@ -96,6 +97,7 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
     tables = card.model_dump(mode="json", exclude={"figures"})
     (context.workdir / "report_card.json").write_bytes(canonical_json({**figures, **tables, "scores_moved": moved}))
     (context.workdir / "normalization.json").write_bytes(canonical_json(scale))
+    _keep_adapter(config, trained, inputs, context)
     trained.save(context.workdir / "model")
     facts = {
         "dtype": str(dtype),
@@ -114,6 +116,25 @@ def _nothing_is_labelled(safety: Safety) -> DataError:
         f"reward.safety learns what is safe, and none of the comparisons has a tag that says so: {', '.join(tags)}",
         next_step="tag the rows, name their tags in reward.safety, or set reward.safety: null",
     )
+
+
+def _keep_adapter(config: RewardConfig, trained: TrainedModel, inputs: Inputs, context: StageContext) -> None:
+    """Write the adapter as it was trained, with its head and what it sits on: PPO can share one base with it."""
+    from peft import PeftModel  # noqa: PLC0415  (torch)
+
+    from pipeline_lib.models.heads import head_of  # noqa: PLC0415  (torch)
+    from pipeline_lib.models.shared_base import ADAPTER_FOLDER, write_adapter  # noqa: PLC0415  (torch)
+    from pipeline_lib.stages.reference_logps import weights_of  # noqa: PLC0415  (torch)
+
+    if not (can_share(config.adapter) and isinstance(trained.adapter, PeftModel)):
+        return
+    assert isinstance(config.adapter, LoraSettings)
+    is_kept = write_adapter(
+        trained.adapter, config.adapter, head_of(trained.model).weight,
+        base_sha256=weights_of(context, inputs["sft_model"]), directory=context.workdir / ADAPTER_FOLDER,
+    )  # fmt: skip
+    if not is_kept:
+        context.log("a layer outside of the backbone is adapted: PPO will load this reward model whole")
 
 
 def _what(config: RewardConfig) -> str:

@@ -1,28 +1,40 @@
-"""Value function and reward model over one frozen backbone.
+"""Value function and reward model over one frozen backbone, which can be the policy's.
 
 With adapters, the reward is the backbone without them and the value the backbone with them, and
 each has its own head; both start from the reward model, so at first the value of a token is the
-score that its text would get. Without adapters the value function is a second, fully trained copy.
+score that its text would get. Where the reward model was itself trained as an adapter on the weights
+that the policy starts from, policy, reference, reward model and value function are one backbone:
+with the policy's adapter, with none, with the reward model's, and with that and the value function's.
+Without adapters the value function is a second, fully trained copy.
 The value can also start as 0 everywhere: its head's weights are then 0, and it has no gain and bias.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline_lib.models.adapters import without_adapter
 from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.heads import head_of, load_scalar_model, scalar_at
 from pipeline_lib.models.precision import default_device
+from pipeline_lib.models.shared_base import StoredAdapter, add_trained_adapter, only_adapters, put_adapter
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.recipe import ParameterGroup
 from pipeline_lib.training.settings import TrainingSettings
-from pipeline_lib.training.trained_model import dtype_for, prepare
+from pipeline_lib.training.trained_model import TrainedModel, dtype_for, prepare
+
+ValueInit = Literal["reward_model", "zero"]
+REWARD, VALUE = "reward_model", "value_function"
+"""Names of the critic's adapters on the policy's base."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Critic:
         normalization: Normalization,
         *,
         seed: int,
-        value_init: Literal["reward_model", "zero"] = "reward_model",
+        value_init: ValueInit = "reward_model",
     ) -> None:
         """Load a reward model's folder.
 
@@ -87,27 +99,78 @@ class Critic:
         dtype = dtype_for(settings)
         model = load_scalar_model(directory, dtype=dtype)
         self.value = prepare(model, directory, settings, seed=seed)
-        reward_head = head_of(self.value.model).weight.detach().float().clone()
-        self.reward_head_1D = reward_head.to(self.value.model.device)
-        self.value_init = value_init
-        starts_at_zero = value_init == "zero"
-        value_head_1D = torch.zeros_like(self.reward_head_1D) if starts_at_zero else self.reward_head_1D.clone()
-        self.value_head_1D = nn.Parameter(value_head_1D)
         self.reward_model = self.value.model
         if self.value.adapter is None:
             self.reward_model = load_scalar_model(directory, dtype=dtype).to(self.value.model.device).eval()
             self.reward_model.requires_grad_(requires_grad=False)
             head_of(self.value.model).requires_grad_(requires_grad=False)
+        self._set_heads(head_of(self.value.model).weight, normalization, value_init)
+
+    @classmethod
+    def on_policy(
+        cls,
+        policy: TrainedModel,
+        stored: StoredAdapter,
+        normalization: Normalization,
+        *,
+        seed: int,
+        value_init: ValueInit = "reward_model",
+    ) -> Critic:
+        """Put reward model and value function on the policy's own base, as adapters: no weight is held twice.
+
+        The value function speaks through the reward model's adapter and its own, which alone is trained:
+        it is the function that it would be on a merged reward model.
+
+        Args:
+            policy: With a LoRA adapter, on the weights that the reward model was trained on.
+            stored: The reward model's adapter and head.
+            normalization: The reward model's gain and bias.
+            seed: Seed of the value function's adapter.
+            value_init: Whether values start as the reward model's scores or as 0.
+
+        Raises:
+            IntegrityError: The adapter does not go on the policy's layers.
+        """
+        assert isinstance(policy.adapter, PeftModel), "only adapters share a base"
+        critic = cls.__new__(cls)
+        put_adapter(policy.adapter, REWARD, stored)
+        add_trained_adapter(policy.adapter, VALUE, seed=seed)
+        critic.value = replace(policy, adapter_name=VALUE)
+        critic.reward_model = policy.model
+        critic._set_heads(stored.head_1D.to(policy.model.device), normalization, value_init)
+        return critic
+
+    def _set_heads(self, head_1D: Tensor, normalization: Normalization, value_init: ValueInit) -> None:
+        self.reward_head_1D = head_1D.detach().float().clone().to(self.value.model.device)
+        self.value_init = value_init
+        starts_at_zero = value_init == "zero"
+        value_head_1D = torch.zeros_like(self.reward_head_1D) if starts_at_zero else self.reward_head_1D.clone()
+        self.value_head_1D = nn.Parameter(value_head_1D)
         self.normalization = normalization
+
+    @property
+    def is_on_policy(self) -> bool:
+        """True where the policy's base is the critic's too."""
+        return self.value.adapter_name == VALUE
 
     def group(self, *, learning_rate: float) -> ParameterGroup:
         """Return the value function's parameters."""
         trained = self.value.group("value", learning_rate=learning_rate)
         return ParameterGroup("value", {**trained.parameters, "value_head": self.value_head_1D}, learning_rate)
 
+    @contextmanager
+    def valuing(self) -> Iterator[PreTrainedModel]:
+        """Yield the value function's backbone; on the policy's base, the policy is not to be used inside.
+
+        A backward pass that computes activations again must run inside too.
+        """
+        with self._speaking(REWARD, VALUE):
+            yield self.value.model
+
     def values(self, batch: TreeBatch) -> Tensor:
         """Value the state before each counted token, `(N,)`."""
-        hidden_PD = hidden_states(self.value.model, batch)
+        with self.valuing() as model:
+            hidden_PD = hidden_states(model, batch)
         raw_N = scalar_at(hidden_PD, self.value_head_1D, batch.source_N)
         return raw_N if self.value_init == "zero" else self.normalization(raw_N)
 
@@ -118,6 +181,16 @@ class Critic:
     @torch.no_grad()
     def raw_scores(self, batch: TreeBatch) -> Tensor:
         """Score each response as the reward model's head does, `(R,)`."""
-        with without_adapter(self.value.adapter):
+        with self._speaking(REWARD) if self.is_on_policy else without_adapter(self.value.adapter):
             hidden_PD = hidden_states(self.reward_model, batch)
         return scalar_at(hidden_PD, self.reward_head_1D, batch.last_R)
+
+    @contextmanager
+    def _speaking(self, *names: str) -> Iterator[None]:
+        """Switch the policy's base to some adapters, where it is the critic's too."""
+        if not self.is_on_policy:
+            yield
+            return
+        assert isinstance(self.value.adapter, PeftModel)
+        with only_adapters(self.value.adapter, *names):
+            yield

@@ -15,6 +15,7 @@ from pipeline_lib.models.base import save_model, stored_dtype
 from pipeline_lib.models.merging import merge
 from pipeline_lib.models.precision import default_device, resolve_dtype
 from pipeline_lib.models.settings import PrefixSettings, QloraSettings
+from pipeline_lib.models.shared_base import OWN
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.models.virtual_tokens import VirtualTokens, virtual_tokens_of
 from pipeline_lib.text.chat_template import ChatTokenizer
@@ -32,6 +33,8 @@ class TrainedModel:
     """The folder it was loaded from."""
     is_quantized: bool = False
     """True where the frozen weights were rounded to four bits."""
+    adapter_name: str = OWN
+    """Which of the adapters on the base is this model's, where there are several."""
 
     @property
     def is_packed(self) -> bool:
@@ -39,8 +42,13 @@ class TrainedModel:
         return supports_trees(self.model)
 
     def group(self, name: str, *, learning_rate: float) -> ParameterGroup:
-        """Return what is trained, as one parameter group."""
-        trained = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
+        """Return what is trained, as one parameter group; another model's adapter on the same base is not."""
+        others = self.adapter.peft_config.keys() - {self.adapter_name} if isinstance(self.adapter, PeftModel) else ()
+        trained = {
+            key: value
+            for key, value in self.model.named_parameters()
+            if value.requires_grad and not any(f".{other}." in key for other in others)
+        }
         return ParameterGroup(name, trained, learning_rate)
 
     @property

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ SAMPLES_KEPT = 10
 """Rollouts of each iteration whose texts are kept for the report."""
 START_TOLERANCE_NATS_PER_TOKEN = 1e-5
 """How far the KL may be from 0 before the first update."""
+VALUE = "value:"
+"""Prefix of the record id of a rollout in a forward of the value function."""
 BREAKER = "breaker/"
 """Prefix of the circuit breaker's tensors in a checkpoint."""
 
@@ -135,54 +138,70 @@ class PpoRecipe:
         order = permutation(len(rollouts.trees), self.settings.seed, "ppo", iteration, epoch)
         members = order[minibatch :: self.settings.minibatches]
         self._estimate_advantages(rollouts, members)
-        batches = self.layout.batches([rollouts.trees[index] for index in members])
+        trees = [rollouts.trees[index] for index in members]
+        # Their gradients have nothing in common: apart, activations of one model at a time are in memory.
+        valued = [replace(tree, record_id=VALUE + tree.record_id) for tree in trees]
+        batches = self.layout.batches(trees) + self.layout.batches(valued)
         # Both gradients in consecutive forwards of one step (Ouyang et al. 2022, appendix C.4).
         return batches if self.pretraining is None else batches + self.layout.batches(self.pretraining.rows(step))
 
-    def training_forward(self, batch: TreeBatch) -> AbstractContextManager[None]:
-        """Return the context of a forward that is trained on: of policy and value function."""
-        models = [self.policy.model, self.critic.value.model]
-        return training_forward(models, batch, gradient_checkpointing=self.settings.gradient_checkpointing)
+    @contextmanager
+    def training_forward(self, batch: TreeBatch) -> Iterator[None]:
+        """Give the context of a forward that is trained on, and its backward: of the policy or the value function."""
+        is_checkpointed = self.settings.gradient_checkpointing
+        if not is_valued(batch):
+            with training_forward([self.policy.model], batch, gradient_checkpointing=is_checkpointed):
+                yield
+            return
+        with self.critic.valuing() as model, training_forward([model], batch, gradient_checkpointing=is_checkpointed):
+            yield
 
     def held_out_loss(self) -> None:
         """Return nothing: PPO's rows are its own samples."""
 
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
-        """Return the clipped policy loss plus the weighted clipped value loss, token means.
+        """Return the clipped policy loss or the weighted clipped value loss, token means over the step.
 
         Pretraining text has a token mean of its own.
         """
-        is_text = is_pretraining(batch)
-        num_tokens = sum(member.num_counted for member in step_batches if is_pretraining(member) == is_text)
-        if is_text:
-            return self._pretraining_loss(batch, num_tokens)
-        rollouts, settings = self._current(), self.settings
-        members = [int(tree.record_id) for tree in batch.trees]
+        kind = _kind(batch)
+        num_tokens = sum(member.num_counted for member in step_batches if _kind(member) is kind)
+        return kind(self, batch, num_tokens)
+
+    def _policy_loss(self, batch: TreeBatch, num_tokens: int) -> StepLoss:
+        rollouts, members, settings = self._current(), _members(batch), self.settings
         device = batch.label_N.device
         old_logp_N = _gather(rollouts.rows(rollouts.logp_N), members).to(device)
-        old_value_N = _gather(rollouts.rows(rollouts.value_N), members).to(device)
         advantage_N = torch.cat([self._advantages[index] for index in members]).to(device)
-        return_N = torch.cat([self._returns[index] for index in members]).to(device)
         new = token_logps(self.policy.model, batch, temperature=settings.temperature)
         counts_N = torch.ones_like(old_logp_N, dtype=torch.bool)
         policy = clipped_policy_loss(
             new.token_logp_N, old_logp_N, advantage_N, counts_N, clip_range=settings.clip_range
         )
-        new_value_N = self.critic.values(batch)
-        value = clipped_value_loss(
-            new_value_N, old_value_N, return_N, counts_N, value_clip_range=settings.value_clip_range
-        )
-        loss = (policy.loss_sum + settings.value_coef * value.loss_sum) / num_tokens
         count = batch.num_counted
         figures = {
             "policy_loss": Figure(float(policy.loss_sum.detach()), count),
-            "value_loss": Figure(float(value.loss_sum.detach()), count),
             "clip_frac": Figure(float(policy.num_clipped), count),
-            "value_clip_frac": Figure(float(value.num_clipped), count),
             "approx_kl_nats": Figure(float(policy.approx_kl_sum), count),
             "policy_kl_nats": Figure(float(policy.policy_kl_sum), count),
         }
-        return StepLoss(loss, figures)
+        return StepLoss(policy.loss_sum / num_tokens, figures)
+
+    def _value_loss(self, batch: TreeBatch, num_tokens: int) -> StepLoss:
+        rollouts, members, settings = self._current(), _members(batch), self.settings
+        device = batch.label_N.device
+        old_value_N = _gather(rollouts.rows(rollouts.value_N), members).to(device)
+        return_N = torch.cat([self._returns[index] for index in members]).to(device)
+        counts_N = torch.ones_like(old_value_N, dtype=torch.bool)
+        value = clipped_value_loss(
+            self.critic.values(batch), old_value_N, return_N, counts_N, value_clip_range=settings.value_clip_range
+        )
+        count = batch.num_counted
+        figures = {
+            "value_loss": Figure(float(value.loss_sum.detach()), count),
+            "value_clip_frac": Figure(float(value.num_clipped), count),
+        }
+        return StepLoss(settings.value_coef * value.loss_sum / num_tokens, figures)
 
     def _pretraining_loss(self, batch: TreeBatch, num_tokens: int) -> StepLoss:
         assert self.pretraining is not None, "pretraining text without its settings"
@@ -341,6 +360,23 @@ class PpoRecipe:
                 "score": score,
             }
             self.samples.append(json.dumps(row, ensure_ascii=False, sort_keys=True))
+
+
+def is_valued(batch: TreeBatch) -> bool:
+    """Tell whether a forward is one of the value function; its trees are then all of that kind."""
+    return batch.trees[0].record_id.startswith(VALUE)
+
+
+def _kind(batch: TreeBatch) -> Callable[[PpoRecipe, TreeBatch, int], StepLoss]:
+    """Return the loss that a forward is made for."""
+    if is_pretraining(batch):
+        return PpoRecipe._pretraining_loss
+    return PpoRecipe._value_loss if is_valued(batch) else PpoRecipe._policy_loss
+
+
+def _members(batch: TreeBatch) -> list[int]:
+    """Return the places of a forward's rollouts among those of the iteration."""
+    return [int(tree.record_id.removeprefix(VALUE)) for tree in batch.trees]
 
 
 def _gather(rows: list[Tensor], members: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.rl.rewards import apply_missing_eos
 from pipeline_lib.text.pack import TreeBatch, pack
 from pipeline_lib.training.critic import Critic, Normalization
-from pipeline_lib.training.recipes.ppo import PpoRecipe
+from pipeline_lib.training.recipes.ppo import VALUE, PpoRecipe
 from pipeline_lib.training.rollout import Rollouts, rollout_tree
 from pipeline_lib.training.settings import PpoSettings
 from tests.toy import PPO_PROMPTS, World, byte_ids, furthest, ppo_recipe, ppo_settings, settings, weights_of
@@ -133,7 +133,7 @@ def test_advantages_and_weights_do_not_depend_on_the_layout(
             directory, reward_directory, chosen, world=world, tokens_per_batch=tokens, is_packed=is_packed
         )
         forwards = len(recipe.micro_batches(0))
-        assert forwards == (1 if tokens == 4096 else 3)
+        assert forwards == (2 if tokens == 4096 else 6), "as many of the value function"
         advantages = {f"{index}": values for index, values in recipe._advantages.items()}
         world.loop(recipe, chosen).run()
         found.append((advantages, weights_of(recipe)))
@@ -151,7 +151,7 @@ def test_minibatches_share_out_the_rollouts_once_a_pass(directory: Path, reward_
         members = [
             tree.record_id for step in range(first, first + 4) for b in recipe.micro_batches(step) for tree in b.trees
         ]
-        assert sorted(members) == ["0", "1", "2", "3", "4", "5"]
+        assert sorted(members) == sorted(VALUE * is_value + str(n) for n in range(6) for is_value in (0, 1))
         passes.append(members)
     assert passes[0] != passes[1]
 

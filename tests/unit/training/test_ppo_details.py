@@ -26,7 +26,7 @@ from pipeline_lib.training.critic import FrozenRewardModel, Normalization
 from pipeline_lib.training.optimizer import build_optimizer, epsilon_at
 from pipeline_lib.training.pretraining import TEXT, PretrainingRows
 from pipeline_lib.training.recipe import ParameterGroup
-from pipeline_lib.training.recipes.ppo import PpoRecipe
+from pipeline_lib.training.recipes.ppo import PpoRecipe, is_valued
 from pipeline_lib.training.rollout import Rollouts, rollout_tree
 from pipeline_lib.training.settings import OptimizerSettings
 from tests.toy import (
@@ -54,11 +54,14 @@ def of_one_iteration(recipe: PpoRecipe) -> Rollouts:
 def responses_are(monkeypatch: pytest.MonkeyPatch, *responses: list[int]) -> None:
     """Let the policy have said these, in turn."""
 
-    def said(model: Any, prompts: Sequence[Any], chosen: Any, **_: Any) -> list[Sample]:
-        picked = [responses[index % len(responses)] for index in range(len(prompts))]
-        return [Sample(tuple(ids), END in ids) for ids in picked]
+    class Said:
+        def generate(self, prompts: Sequence[Any], chosen: Any, **_: Any) -> list[Sample]:
+            picked = [responses[index % len(responses)] for index in range(len(prompts))]
+            return [Sample(tuple(ids), END in ids) for ids in picked]
 
-    monkeypatch.setattr(collection, "sample", said)
+        def update(self, policy: Any) -> None: ...
+
+    monkeypatch.setattr(collection, "open_generator", lambda *_, **__: Said())
 
 
 # 2, 3: padding -------------------------------------------------------------------------------------
@@ -306,7 +309,7 @@ def test_advantages_of_a_minibatch_are_whitened_either_way(
 ) -> None:
     recipe = ppo_recipe(directory, reward_directory, ppo_settings(whiten_variance=variance), world=world)
     batches = recipe.micro_batches(0)
-    members = [int(tree.record_id) for batch in batches for tree in batch.trees]
+    members = [int(tree.record_id) for batch in batches if not is_valued(batch) for tree in batch.trees]
     advantages = torch.cat([recipe._advantages[index] for index in members])
     assert float(advantages.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(advantages.var(unbiased=variance == "unbiased")) == pytest.approx(1.0, abs=1e-4)
