@@ -22,6 +22,7 @@ from pipeline_lib.data.filters import FILTERS
 from pipeline_lib.data.sources import SOURCES
 from pipeline_lib.errors import PipelineError
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
+from pipeline_lib.generation import GENERATORS
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.registry import Table
@@ -56,6 +57,7 @@ _PLUGINS = (
     ("Preference losses", "dpo.loss", PREFERENCE_LOSSES),
     ("Reward losses", "reward.loss", REWARD_LOSSES),
     ("Reward sources", "ppo.rewards.parts", REWARD_SOURCES),
+    ("Generators", "ppo.generator", GENERATORS),
     ("Gate metrics", "gate.policy.rules[].metric", GATE_METRICS),
 )
 

@@ -13,10 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline_lib.errors import DataError
+from pipeline_lib.generation import open_generator
+from pipeline_lib.generation.contract import Generator, Policy
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import load_scalar_model
 from pipeline_lib.models.precision import default_device, resolve_dtype
-from pipeline_lib.models.sampling import SamplingSettings, sample
+from pipeline_lib.models.sampling import SamplingSettings
 from pipeline_lib.models.scoring import Layout, response_scores
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.schema import Record
@@ -70,6 +72,12 @@ class Sampler:
         return load_causal_model(self.directory, dtype=self.dtype).to(default_device()).eval()
 
     @cached_property
+    def generator(self) -> Generator:
+        """What lets it answer."""
+        policy = Policy(self.directory, lambda: self.policy)
+        return open_generator(self.config.generator, policy, eos_id=self.chat.eos_id, pad_id=self.chat.pad_id)
+
+    @cached_property
     def reward_model(self) -> PreTrainedModel:
         """The model that scores."""
         return load_scalar_model(self.reward_directory, dtype=self.dtype).to(default_device()).eval()
@@ -81,13 +89,13 @@ class Sampler:
             DataError: A score is not finite.
         """
         count = self.config.samples_per_prompt
-        samples = sample(
-            self.policy, self._prompt_ids(self.chat, prompts),
+        samples = self.generator.generate(
+            self._prompt_ids(self.chat, prompts),
             SamplingSettings(
                 max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature,
                 top_p=self.config.top_p, batch_size=self.config.batch_size,
             ),
-            eos_id=self.chat.eos_id, pad_id=self.chat.pad_id, seed=seed, samples_per_prompt=count,
+            seed=seed, samples_per_prompt=count,
         )  # fmt: skip
         groups = [samples[start : start + count] for start in range(0, len(samples), count)]
         asked = self._prompt_ids(self.reward_chat, prompts)

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from pipeline_lib.data.record_files import row_line, write_json
 from pipeline_lib.errors import IntegrityError
+from pipeline_lib.generation import GeneratorSpec
 from pipeline_lib.hashing import canonical_json, derive_seed, sha256_json
 from pipeline_lib.models.settings import Precision
 from pipeline_lib.rl.best_of_n import expected_best, kl_nats
@@ -60,6 +61,8 @@ class RolloutSettings(Frozen):
     """Responses sampled at once; those of one prompt share its keys and values."""
     missing_eos: Literal["keep", "replace", "penalty"] = "replace"
     """What happens to the score of a response that did not end by itself."""
+    generator: GeneratorSpec = Field({"name": "continuous"}, validate_default=True)
+    """What samples the responses, with its parameters; `prefline list generators` prints them."""
     missing_eos_value: float = -1.0
     """The score that replaces it, or what is added to it."""
 
@@ -165,7 +168,7 @@ def _part_key(
     """Return the key of a part's responses: what they and their raw scores depend on."""
     shown = config.model_dump(
         mode="json", include={"samples_per_prompt", "max_new_tokens", "top_p", "batch_size", "temperature", "round",
-                              "max_prompt_tokens", "seed"},
+                              "max_prompt_tokens", "seed", "generator"},
     )  # fmt: skip
     return sha256_json(
         {

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pipeline_lib.errors import ConfigError, DataError, DivergedError, RewardError
 from pipeline_lib.hashing import derive_seed
+from pipeline_lib.generation import open_generator
+from pipeline_lib.generation.contract import Generator
 from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
 from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states
-from pipeline_lib.models.sampling import Sample, SamplingSettings, sample
+from pipeline_lib.models.sampling import Sample, SamplingSettings
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.rl.monitor import truncated_length
 from pipeline_lib.text.chat_template import ChatTokenizer
@@ -26,6 +29,7 @@ from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.divergence import ReferenceStates
 from pipeline_lib.training.group import ProcessGroup
+from pipeline_lib.training.generating import mismatch_nats, policy_for
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.rollout import Rollouts, rollout_tree
@@ -108,6 +112,13 @@ class Collector:
             if isinstance(self.scorer, RemembersScores) and before is not None:
                 self.scorer.load_state(before)
             raise
+    @cached_property
+    def generator(self) -> Generator:
+        """What responses are sampled by, opened where it is first needed."""
+        return open_generator(
+            self.settings.generator, policy_for(self.policy), eos_id=self.chat.eos_id, pad_id=self.chat.pad_id
+        )
+
 
     def _collect(self, prompts: Sequence[Tree], iteration: int) -> Rollouts:
         drawn = self._sample(prompts, iteration)
@@ -132,6 +143,7 @@ class Collector:
             require_finite_scores(heldout_R, prompts, whose="the held-out reward model")
         return Rollouts(
             tuple(trees), **figures, score_R=scored.score_R, is_finished_R=torch.tensor(is_finished),
+            drawn = [drawn[place] for place in kept]
             heldout_score_R=heldout_R, parts_R=scored.parts_R,
         )  # fmt: skip
 
@@ -143,20 +155,21 @@ class Collector:
 
         def on_batch(done: int) -> None:
             num = len(drawn) + done
+            mismatch_nats=mismatch_nats(drawn, figures["logp_N"].split([len(ids) for ids in trained])),
             self.on_text(f"iteration {iteration + 1}/{settings.iterations}: sampled {num}/{len(prompts)}")
             if self.should_stop():
                 raise StopRequestedError
 
         for rank in range(shares):
             places = range(rank, len(prompts), shares)
-            samples = sample(
-                self.policy.model, [prompts[place].prompt_ids for place in places],
+            samples = self.generator.generate(
+                [prompts[place].prompt_ids for place in places],
                 SamplingSettings(
                     max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
                     min_new_tokens=settings.min_new_tokens, stops_at_eos=settings.stops_at_eos,
                 ),
-                eos_id=self.chat.eos_id, pad_id=self.chat.pad_id,
                 seed=derive_seed(settings.seed + rank * PROCESS_SEED_STRIDE, "rollout", iteration), on_batch=on_batch,
+        self.generator.update(policy_for(self.policy))
             )  # fmt: skip
             drawn |= dict(zip(places, samples, strict=True))
         return [drawn[place] for place in range(len(prompts))]

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline_lib.generation import GeneratorSpec
 from pipeline_lib.training.settings import TrainingSettings
 
 
@@ -26,6 +27,8 @@ class GroupSettings(TrainingSettings):
     """Tokens of a sampled response, at most."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature; log-probabilities in the ratio are taken at it too."""
+    generator: GeneratorSpec = Field({"name": "continuous"}, validate_default=True)
+    """What samples the responses, with its parameters; `prefline list generators` prints them."""
     clip_range: float = Field(0.2, gt=0)
     """The ratio is clipped to 1 -+ this; at the first step of an iteration it is 1."""
     max_kl_nats: float = Field(50.0, gt=0)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline_lib.generation import GeneratorSpec
 from pipeline_lib.models.settings import AdapterSettings, LoraSettings, Precision
 from pipeline_lib.training.pretraining_settings import PretrainingSettings
 from pipeline_lib.validation import Frozen
@@ -161,6 +162,8 @@ class PpoSettings(TrainingSettings):
     """False: every response has `max_new_tokens`, an end-of-turn token is one like any other (N-details 4)."""
     truncation: TruncationSettings | None = None
     """End responses at a token for the reward model; those without it count as unfinished."""
+    generator: GeneratorSpec = Field({"name": "continuous"}, validate_default=True)
+    """What samples the responses, with its parameters; `prefline list generators` prints them."""
     process_seeds: Literal["shared", "rank_offset"] = "shared"
     """rank_offset: each process's share of the rollouts is drawn from seed + rank * 100003."""
     temperature: float = Field(1.0, gt=0)

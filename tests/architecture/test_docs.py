@@ -24,6 +24,7 @@ from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.gate import GatePolicy
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
 from pipeline_lib.evaluation.stats import Bootstrap
+from pipeline_lib.generation import GENERATORS
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.registry import Table
@@ -34,7 +35,7 @@ from pipeline_lib.training.rewards import REWARD_SOURCES
 from pipeline_lib.validation import validate
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = [SOURCES, FILTERS, PREFERENCE_LOSSES, REWARD_LOSSES, REWARD_SOURCES, GATE_METRICS]
+TABLES = [SOURCES, FILTERS, PREFERENCE_LOSSES, REWARD_LOSSES, REWARD_SOURCES, GENERATORS, GATE_METRICS]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 GATES = sorted((ROOT / "configs" / "gates").glob("*.yaml"))
