@@ -58,10 +58,10 @@ def _job(
         inputs |= _reference(task, candidate, stage, inputs)
     if isinstance(candidate, PpoConfig | RlooConfig | GrpoConfig):
         inputs["reward_model"] = material.reward
-    if isinstance(candidate, PpoConfig):
-        inputs |= heldout_input(candidate, material.reward_models)
         inputs |= reward_inputs(candidate.rewards, material.reward_models)
         candidate = pin_rewards(candidate)
+    if isinstance(candidate, PpoConfig):
+        inputs |= heldout_input(candidate, material.reward_models)
     return candidate.method, pin_pretraining(candidate, open_places(stage.services.store)), inputs
 
 
@@ -82,7 +82,8 @@ def _train_in_rounds(
     for number in range(1, config.rounds + 1):
         at = f"{name}:round-{number}"
         inputs = {"model": model, "reward_model": material.reward, "dataset": material.dataset, **earlier}
-        rows = stage.named(f"{at}:rollouts", "rollouts", config.rollouts(number), inputs)
+        inputs |= reward_inputs(config.sampling.rewards, material.reward_models)
+        rows = stage.named(f"{at}:rollouts", "rollouts", pin_rewards(config.rollouts(number)), inputs)
         if isinstance(config, RejectionSettings):
             earlier = {"earlier": rows} if config.keep == "all" else {}
             trained = start if config.train_from == "start" else model

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
-from pipeline_lib.schema import Split
+from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
+from pipeline_lib.stages.rewards import open_scorer
 from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
+from pipeline_lib.training.reward_set import MAIN_REWARD_MODEL, RewardSet
 
-VERSION = 1
+if TYPE_CHECKING:
+    from pipeline_lib.models.scoring import Layout
+    from pipeline_lib.text.chat_template import ChatTokenizer
+    from pipeline_lib.training.reference import Reference
+    from pipeline_lib.training.sampling_rollouts import GroupScorer
+
+VERSION = 2
 
 
 class RlooConfig(RlooSettings):
@@ -17,6 +26,8 @@ class RlooConfig(RlooSettings):
 
     method: Literal["rloo"] = "rloo"
     """The method of this candidate."""
+    rewards: RewardSet | None = None
+    """Where scores come from, as a weighted sum; null: the reward model alone."""
 
 
 class GrpoConfig(GrpoSettings):
@@ -24,34 +35,49 @@ class GrpoConfig(GrpoSettings):
 
     method: Literal["grpo"] = "grpo"
     """The method of this candidate."""
+    rewards: RewardSet | None = None
+    """Where scores come from, as a weighted sum; null: the reward model alone."""
 
 
 def run(config: RlooConfig | GrpoConfig, inputs: Inputs, context: StageContext) -> StageOutput:
-    """Train; inputs `sft_model`, `reward_model`, `dataset`; output kind `model`."""
+    """Train; inputs `sft_model`, `reward_model`, `dataset`; output kind `model`.
+
+    Further inputs: `reward_model:<name>` for each reward model that `rewards` ask.
+
+    Raises:
+        DataError: A prompt is empty or longer than the model's context.
+    """
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
     from pipeline_lib.models.sampling import SamplingSettings  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-    from pipeline_lib.training import sampling_rollouts as rollouts  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.critic import Normalization  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.collection import require_prompts  # noqa: PLC0415  (torch)
     from pipeline_lib.training.recipes.group import GroupRecipe  # noqa: PLC0415  (torch)
     from pipeline_lib.training.reference import Reference  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.sampling_rollouts import GroupSampler, prompt_trees  # noqa: PLC0415  (torch)
     from pipeline_lib.training.trained_model import dtype_for, prepare  # noqa: PLC0415  (torch)
 
     directory = stage.fetch_model(context, inputs["sft_model"], "sft_model")
-    reward_directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
     encoder = stage.encoder_for(directory, config, max_response_tokens=config.max_new_tokens)
-    prompts = rollouts.prompt_trees(encoder, list(stage.read_records(context, inputs["dataset"], Split.POLICY)))
+    records = stage.require_prompt_texts(list(stage.read_records(context, inputs["dataset"], Split.POLICY)))
+    prompts = stage.require_rows(prompt_trees(encoder, records), "prompts", Split.POLICY)
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
+    context_tokens = getattr(policy.model.config, "max_position_embeddings", None)
+    require_prompts(prompts, context_tokens=context_tokens, max_new_tokens=config.max_new_tokens)
     layout = stage.layout_for(encoder, config, is_packed=policy.is_packed)
-    normalization = Normalization(**stage.read_json(reward_directory.parent / "normalization.json"))
-    sampler = rollouts.GroupSampler(
-        policy, Reference.of(policy),
-        rollouts.RewardModelScorer(reward_directory, config, normalization, layout), layout, encoder.chat,
-        SamplingSettings(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
+    reference = Reference.of(policy)
+
+    def on_speed(step: int, speeds: Mapping[str, float]) -> None:
+        # Beside the series: what differs from run to run must not be in the artifact.
+        context.events.metrics(step, {f"{config.method}/{name}": value for name, value in speeds.items()})
+
+    sampler = GroupSampler(
+        policy, reference, _scorer(config, records, inputs, context, reference, layout, encoder.chat), layout,
+        encoder.chat, SamplingSettings(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
         config.samples_per_prompt, should_stop=context.should_stop, on_text=context.log,
+        min_prompts=config.minibatches, generator_spec=config.generator,
     )  # fmt: skip
-    recipe = GroupRecipe(sampler, stage.require_rows(prompts, "prompts", Split.POLICY), settings=config, layout=layout)
+    recipe = GroupRecipe(sampler, prompts, settings=config, layout=layout, on_speed=on_speed)
     series = stage.train(recipe, config, context, metric_prefix=config.method)
     lines = [json.dumps(json.loads(row), ensure_ascii=False, sort_keys=True) + "\n" for row in recipe.samples]
     (context.workdir / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -60,3 +86,32 @@ def run(config: RlooConfig | GrpoConfig, inputs: Inputs, context: StageContext) 
     stage.write_facts(context.workdir, facts)
     names = ("score", "ref_kl_nats", "response_tokens", "finished_frac")
     return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})
+
+
+def _scorer(
+    config: RlooConfig | GrpoConfig,
+    records: Sequence[Record],
+    inputs: Inputs,
+    context: StageContext,
+    reference: Reference,
+    layout: Layout,
+    chat: ChatTokenizer,
+) -> GroupScorer:
+    """Return what scores groups: the reward model, or a set of sources."""
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.critic import FrozenRewardModel, Normalization  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.reward_scoring import GroupSetScorer  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.sampling_rollouts import RewardModelScorer  # noqa: PLC0415  (torch)
+
+    directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
+    normalization = Normalization(**stage.read_json(directory.parent / "normalization.json"))
+    if config.rewards is None:
+        return RewardModelScorer(directory, config, normalization, layout)
+    is_asked = MAIN_REWARD_MODEL in config.rewards.reward_models
+    main = FrozenRewardModel(directory, normalization, settings=config) if is_asked else None
+    each = open_scorer(
+        config.rewards, records, inputs, context, settings=config, main=main, reference=reference, layout=layout,
+        chat=chat,
+    )  # fmt: skip
+    assert each is not None, "there are rewards"
+    return GroupSetScorer(each)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from pipeline_lib.errors import ConfigError, DataError, DivergedError
+from pipeline_lib.errors import ConfigError, DivergedError
 from pipeline_lib.models.settings import can_share
 from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 VERSION = 2
 HELDOUT = "heldout_reward_model"
 """Name of the input that measures and is not trained against."""
-SHOWN_ROWS = 8
-"""Rows that a message names."""
 
 
 class PpoConfig(PpoSettings):
@@ -85,7 +83,7 @@ def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput
         should_stop=context.should_stop, on_text=context.log, on_speed=on_speed,
         heldout=_heldout(config, inputs, context),
         scorer=open_scorer(
-            config.rewards, records, inputs, context, settings=config, critic=critic, reference=reference,
+            config.rewards, records, inputs, context, settings=config, main=critic, reference=reference,
             layout=layout, chat=encoder.chat,
         ),
         pretraining=load_pretraining(config.pretraining, encoder.chat, context, seed=config.seed),
@@ -196,12 +194,9 @@ def policy_prompts(
     Raises:
         DataError: A prompt is empty; the rows are named.
     """
-    empty = [record.id[:12] for record in records if not record.messages[-1].content.strip()]
-    if empty:
-        raise DataError(
-            f"{len(empty)} prompts of the policy split are empty; rows: {', '.join(empty[:SHOWN_ROWS])}",
-            next_step="keep the filter rule `empty`",
-        )
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+
+    stage.require_prompt_texts(records)
     if config.prompt_start_text is None and config.prompt_end_text is None:
         return records
     whole = replace(encoder, max_prompt_tokens=sys.maxsize)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from pydantic import BaseModel
+
 from pipeline_lib.errors import ConfigError, DataError
 from pipeline_lib.schema import ArtifactRef, Record
 from pipeline_lib.stages.contract import Inputs, StageContext
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline_lib.training.reward_scoring import SetScorer
     from pipeline_lib.training.rewards.contract import Sample
 
-ConfigT = TypeVar("ConfigT", bound=TrainingSettings)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 INPUT_PREFIX = "reward_model:"
 """Before the name of a further reward model among a stage's inputs."""
@@ -67,7 +69,7 @@ def open_scorer(
     context: StageContext,
     *,
     settings: TrainingSettings,
-    critic: Critic,
+    main: Critic | FrozenRewardModel | None,
     reference: Reference,
     layout: Layout,
     chat: ChatTokenizer,
@@ -80,7 +82,7 @@ def open_scorer(
         inputs: The stage's inputs; further reward models are `reward_model:<name>`.
         context: The stage's context.
         settings: Precision of further reward models.
-        critic: Holds the main reward model.
+        main: Scores as the main reward model does; None where no source asks it.
         reference: The model that judges.
         layout: How responses become forwards.
         chat: The tokenizer.
@@ -104,7 +106,7 @@ def open_scorer(
             "the files that reward sources read are not what they were when the run was planned",
             next_step="run again: the run is planned anew with the files as they are",
         )
-    models: dict[str, Critic | FrozenRewardModel] = {MAIN_REWARD_MODEL: critic}
+    models: dict[str, Critic | FrozenRewardModel] = {} if main is None else {MAIN_REWARD_MODEL: main}
     models |= _further_models(inputs, context, settings)
 
     def on_problem(sample: Sample, reason: str) -> None:

@@ -30,7 +30,7 @@ from pipeline_lib.text.encode import Encoder, Tree, place_of
 if TYPE_CHECKING:
     from pipeline_lib.stages.rollouts import RolloutsConfig
 
-_TOKENS_PER_FORWARD = 1024
+TOKENS_PER_FORWARD = 1024
 """Fixed, so that scores have the same bits whatever the training's batches are."""
 
 
@@ -104,7 +104,7 @@ class Sampler:
             for prompt, ids, group in zip(prompts, asked, groups, strict=True)
         ]
         is_packed = supports_trees(self.reward_model, log=self.context.log)
-        scores = response_scores(self.reward_model, trees, Layout(is_packed, self.chat.pad_id, _TOKENS_PER_FORWARD))
+        scores = response_scores(self.reward_model, trees, Layout(is_packed, self.chat.pad_id, TOKENS_PER_FORWARD))
         for prompt in prompts:
             _require_finite(scores[prompt.id], prompt)
         return [
@@ -118,6 +118,10 @@ class Sampler:
     def normalized(self, raw_score: float) -> float:
         """Return a score in the reward model's normalised units."""
         return raw_score * self.scale["gain"] + self.scale["bias"]
+
+    def scored_prompt_ids(self, prompt: Record) -> list[int]:
+        """Return a prompt as the scorers see it."""
+        return self._prompt_ids(self.reward_chat, [prompt])[0]
 
     def _prompt_ids(self, chat: ChatTokenizer, prompts: Sequence[Record]) -> list[list[int]]:
         encoder = Encoder(chat, self.config.max_prompt_tokens, max_response_tokens=1)

@@ -24,6 +24,7 @@ from pipeline_lib.rl.best_of_n import expected_best, kl_nats
 from pipeline_lib.schema import ArtifactRef, Author, Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.stages.reference_logps import weights_of
+from pipeline_lib.stages.rollout_rewards import rewarded, shaped
 from pipeline_lib.stages.rollout_rows import (
     Compared,
     SampledPrompt,
@@ -33,6 +34,7 @@ from pipeline_lib.stages.rollout_rows import (
     demonstrations,
     with_earlier,
 )
+from pipeline_lib.training.reward_set import RewardSet
 from pipeline_lib.validation import Frozen
 
 if TYPE_CHECKING:
@@ -59,12 +61,14 @@ class RolloutSettings(Frozen):
     """Nucleus of the distribution that is drawn from."""
     batch_size: int = Field(32, ge=1)
     """Responses sampled at once; those of one prompt share its keys and values."""
-    missing_eos: Literal["keep", "replace", "penalty"] = "replace"
-    """What happens to the score of a response that did not end by itself."""
     generator: GeneratorSpec = Field({"name": "continuous"}, validate_default=True)
     """What samples the responses, with its parameters; `prefline list generators` prints them."""
+    missing_eos: Literal["keep", "replace", "penalty"] = "replace"
+    """What happens to the score of a response that did not end by itself."""
     missing_eos_value: float = -1.0
     """The score that replaces it, or what is added to it."""
+    rewards: RewardSet | None = None
+    """Where scores come from, as a weighted sum; null: the reward model alone."""
 
 
 class RolloutsConfig(RolloutSettings):
@@ -91,13 +95,15 @@ class RolloutsConfig(RolloutSettings):
 def run(config: RolloutsConfig, inputs: Inputs, context: StageContext) -> StageOutput:
     """Sample; inputs `model`, `reward_model`, `dataset`, optionally `earlier`; output kind `dataset`.
 
+    Further inputs: `reward_model:<name>` for each reward model that `rewards` ask.
     With `earlier`, the rollouts of the round before, rows are made of all rounds' responses.
     """
     from pipeline_lib.stages.rollout_parts import Sampler  # noqa: PLC0415  (torch)
     from pipeline_lib.stages.training_stage import read_records, require_rows, stop_as_asked  # noqa: PLC0415  (torch)
 
     earlier = list(_earlier(inputs, context))
-    prompts = prompts_of_round(list(read_records(context, inputs["dataset"], Split.POLICY)), config)
+    records = list(read_records(context, inputs["dataset"], Split.POLICY))
+    prompts = prompts_of_round(records, config)
     require_rows(prompts, "prompts", Split.POLICY)
     sampler = Sampler.open(config, inputs, context)
     author = Author(
@@ -106,6 +112,7 @@ def run(config: RolloutsConfig, inputs: Inputs, context: StageContext) -> StageO
                   "seed": config.seed, "round": config.round},
     )  # fmt: skip
     new: list[SampledPrompt] = []
+    all_drawn: list[list[Drawn]] = []
     num_found = 0
     parts = [prompts[start : start + _PROMPTS_PER_PART] for start in range(0, len(prompts), _PROMPTS_PER_PART)]
     for part in parts:
@@ -120,9 +127,12 @@ def run(config: RolloutsConfig, inputs: Inputs, context: StageContext) -> StageO
             drawn = sampler.draw(part, seed=derive_seed(config.seed, "rollouts", config.round, part[0].id))
             _keep(context, key, drawn)
         new += _scored(config, sampler, part, drawn, author)
+        all_drawn += drawn
         context.progress(len(new) / len(prompts), f"sampled for {len(new)}/{len(prompts)} prompts")
     if num_found:
         context.log(f"{num_found} of {len(parts)} parts were there already")
+    if config.rewards is not None:
+        new = rewarded(config, list(zip(new, all_drawn, strict=True)), records, sampler, inputs, context)
     return _write(config, inputs, context, new, with_earlier(new, earlier))
 
 
@@ -198,9 +208,7 @@ def _scored(
         scored = []
         for response in responses:
             content = sampler.chat.decode(response["ids"])
-            score = sampler.normalized(response["raw_score"])
-            if not response["is_finished"] and config.missing_eos != "keep":
-                score = config.missing_eos_value + (score if config.missing_eos == "penalty" else 0.0)
+            score = shaped(config, sampler.normalized(response["raw_score"]), is_finished=response["is_finished"])
             scored.append(
                 ScoredResponse(
                     content=content, author=author, score=score, num_tokens=len(response["ids"]),

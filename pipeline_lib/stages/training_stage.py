@@ -19,6 +19,9 @@ from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import TrainingSettings
 
+SHOWN_ROWS = 8
+"""Rows that a message names."""
+
 
 def fetch_model(context: StageContext, ref: ArtifactRef, name: str) -> Path:
     """Fetch a model artifact's verified files beside the workdir; return its `model/` folder."""
@@ -61,6 +64,21 @@ def require_rows(records: list[RowT], what: str, split: Split) -> list[RowT]:
     return records
 
 
+def require_prompt_texts(records: list[Record]) -> list[Record]:
+    """Refuse prompts whose last turn says nothing.
+
+    Raises:
+        DataError: A prompt is empty; the rows are named.
+    """
+    empty = [record.id[:12] for record in records if not record.messages[-1].content.strip()]
+    if empty:
+        raise DataError(
+            f"{len(empty)} prompts of the policy split are empty; rows: {', '.join(empty[:SHOWN_ROWS])}",
+            next_step="keep the filter rule `empty`",
+        )
+    return records
+
+
 def encoder_for(directory: Path, settings: TrainingSettings, *, max_response_tokens: int) -> Encoder:
     """Return the encoder of a model folder's tokenizer with a stage's length limits."""
     return Encoder(ChatTokenizer.load(directory), settings.max_prompt_tokens, max_response_tokens)
@@ -92,6 +110,7 @@ def train(
     loop = TrainingLoop(
         recipe, settings, workdir=context.workdir.parent / "checkpoints",
         checkpoints=context.checkpoints, checkpoint_every_s=context.checkpoint_every_s, hooks=hooks,
+        is_sharded=context.is_sharded,
     )  # fmt: skip
     series = loop.run()
     with (context.workdir / "metrics.jsonl").open("w", encoding="utf-8") as file:

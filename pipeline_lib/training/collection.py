@@ -6,18 +6,19 @@ score stands behind `ResponseScorer`; by default it is the reward model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from pipeline_lib.errors import ConfigError, DataError, DivergedError, RewardError
-from pipeline_lib.hashing import derive_seed
 from pipeline_lib.generation import open_generator
 from pipeline_lib.generation.contract import Generator
+from pipeline_lib.hashing import derive_seed
 from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
 from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states
 from pipeline_lib.models.sampling import Sample, SamplingSettings
@@ -28,8 +29,8 @@ from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.divergence import ReferenceStates
-from pipeline_lib.training.group import ProcessGroup
 from pipeline_lib.training.generating import mismatch_nats, policy_for
+from pipeline_lib.training.group import ProcessGroup
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.rollout import Rollouts, rollout_tree
@@ -65,6 +66,21 @@ class RemembersScores(Protocol):
         """Take a checkpoint's state back."""
 
 
+@contextmanager
+def scores_once(scorer: object) -> Iterator[None]:
+    """Take back what a scorer has remembered in a block that the process was asked to end.
+
+    The next process scores these responses anew: they must not count twice.
+    """
+    before = scorer.state() if isinstance(scorer, RemembersScores) else None
+    try:
+        yield
+    except StopRequestedError:
+        if isinstance(scorer, RemembersScores) and before is not None:
+            scorer.load_state(before)
+        raise
+
+
 class ResponseScorer(Protocol):
     """Gives every sampled response its score: the one place where PPO's reward comes from."""
 
@@ -96,6 +112,13 @@ class Collector:
     """None: the reward model."""
     num_processes: int = field(default_factory=lambda: ProcessGroup().size)
 
+    @cached_property
+    def generator(self) -> Generator:
+        """What responses are sampled by, opened where it is first needed."""
+        return open_generator(
+            self.settings.generator, policy_for(self.policy), eos_id=self.chat.eos_id, pad_id=self.chat.pad_id
+        )
+
     def collect(self, prompts: Sequence[Tree], iteration: int) -> Rollouts:
         """Sample one response a prompt and measure it.
 
@@ -104,21 +127,8 @@ class Collector:
             RewardError: Too few responses could be scored.
             StopRequestedError: The process was asked to end.
         """
-        before = self.scorer.state() if isinstance(self.scorer, RemembersScores) else None
-        try:
+        with scores_once(self.scorer):
             return self._collect(prompts, iteration)
-        except StopRequestedError:
-            # The next process scores these responses anew: they must not count twice in what is remembered.
-            if isinstance(self.scorer, RemembersScores) and before is not None:
-                self.scorer.load_state(before)
-            raise
-    @cached_property
-    def generator(self) -> Generator:
-        """What responses are sampled by, opened where it is first needed."""
-        return open_generator(
-            self.settings.generator, policy_for(self.policy), eos_id=self.chat.eos_id, pad_id=self.chat.pad_id
-        )
-
 
     def _collect(self, prompts: Sequence[Tree], iteration: int) -> Rollouts:
         drawn = self._sample(prompts, iteration)
@@ -133,6 +143,7 @@ class Collector:
         if scored.kept is not None:
             kept = self._enough(scored.kept)
             prompts, trained = [prompts[place] for place in kept], [trained[place] for place in kept]
+            drawn = [drawn[place] for place in kept]
             scored_trees = _trees(prompts, [scored_trees[place].response_ids[0] for place in kept])
             is_finished = [is_finished[place] for place in kept]
         trees = _trees(prompts, trained)
@@ -143,8 +154,8 @@ class Collector:
             require_finite_scores(heldout_R, prompts, whose="the held-out reward model")
         return Rollouts(
             tuple(trees), **figures, score_R=scored.score_R, is_finished_R=torch.tensor(is_finished),
-            drawn = [drawn[place] for place in kept]
             heldout_score_R=heldout_R, parts_R=scored.parts_R,
+            mismatch_nats=mismatch_nats(drawn, figures["logp_N"].split([len(ids) for ids in trained])),
         )  # fmt: skip
 
     def _sample(self, prompts: Sequence[Tree], iteration: int) -> list[Sample]:
@@ -155,11 +166,11 @@ class Collector:
 
         def on_batch(done: int) -> None:
             num = len(drawn) + done
-            mismatch_nats=mismatch_nats(drawn, figures["logp_N"].split([len(ids) for ids in trained])),
             self.on_text(f"iteration {iteration + 1}/{settings.iterations}: sampled {num}/{len(prompts)}")
             if self.should_stop():
                 raise StopRequestedError
 
+        self.generator.update(policy_for(self.policy))
         for rank in range(shares):
             places = range(rank, len(prompts), shares)
             samples = self.generator.generate(
@@ -169,7 +180,6 @@ class Collector:
                     min_new_tokens=settings.min_new_tokens, stops_at_eos=settings.stops_at_eos,
                 ),
                 seed=derive_seed(settings.seed + rank * PROCESS_SEED_STRIDE, "rollout", iteration), on_batch=on_batch,
-        self.generator.update(policy_for(self.policy))
             )  # fmt: skip
             drawn |= dict(zip(places, samples, strict=True))
         return [drawn[place] for place in range(len(prompts))]
@@ -311,8 +321,8 @@ def require_prompts(prompts: Sequence[Tree], *, context_tokens: int | None, max_
         raise DataError(
             f"{len(long)} prompts leave no room for {max_new_tokens} tokens in the model's context of "
             f"{context_tokens}; rows: {_named(long)}",
-            next_step=f"set ppo.max_prompt_tokens to {max(context_tokens - max_new_tokens, 0)} at most, "
-            "or lower ppo.max_new_tokens",
+            next_step=f"set max_prompt_tokens to {max(context_tokens - max_new_tokens, 0)} at most, "
+            "or lower max_new_tokens",
         )
 
 

@@ -1,9 +1,11 @@
-"""What an iteration of PPO shows of itself before it is trained on (methods 2.6): one number a name.
+"""What an iteration on own samples shows of itself before it is trained on (methods 2.6): one number a name.
 
 Legend: R responses, N tokens of all responses, flat in rollout order.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from pipeline_lib.rl.kl import Estimator, kl_estimate
 from pipeline_lib.rl.monitor import distinct_frac, duplicates_frac, repeated_frac, slope
 from pipeline_lib.rl.rewards import apply_missing_eos
+from pipeline_lib.text.bleu import self_bleu
 from pipeline_lib.training.rollout import Rollouts
 from pipeline_lib.training.settings import PpoSettings
 
@@ -28,7 +31,6 @@ def iteration_figures(iteration: int, rollouts: Rollouts, settings: PpoSettings,
         kl_coef: Weight of the penalty in this iteration.
     """
     score_R, ids = rollouts.score_R, [tree.response_ids[0] for tree in rollouts.trees]
-    length_R = torch.tensor(rollouts.lengths_R)
     kl_nats = kl_of_responses(rollouts)
     penalty = -kl_coef * kl_nats[settings.kl_estimator]
     shaped_R = apply_missing_eos(
@@ -44,20 +46,35 @@ def iteration_figures(iteration: int, rollouts: Rollouts, settings: PpoSettings,
         "score": float(score_R.mean()),
         "score_std": float(score_R.std(unbiased=False)),
         "shaped_score": float(shaped_R.mean()),
-        "score_per_token": slope(length_R, score_R),
         "non_score_reward": penalty,
         "rlhf_reward": float(shaped_R.mean()) + penalty,
         "entropy_nats": float(rollouts.entropy_N.mean()),
-        "response_tokens": float(length_R.sum()) / len(ids),
+        "response_tokens": sum(rollouts.lengths_R) / len(ids),
         "finished_frac": float(rollouts.is_finished_R.float().mean()),
+        **text_figures(ids, score_R),
+    }
+    if rollouts.heldout_score_R is not None:
+        figures["heldout_score"] = float(rollouts.heldout_score_R.mean())
+    if rollouts.mismatch_nats is not None:
+        figures["rollout/mismatch_nats"] = float(rollouts.mismatch_nats)
+    return figures | {f"reward/{name}": float(part_R.mean()) for name, part_R in rollouts.parts_R.items()}
+
+
+def text_figures(ids: Sequence[Sequence[int]], score_R: Tensor) -> dict[str, float]:
+    """Measure how much responses say, how much of it twice, and whether the long ones score higher.
+
+    Args:
+        ids: The tokens of each response.
+        score_R: Its score.
+    """
+    return {
+        "score_per_token": slope(torch.tensor([len(response) for response in ids]), score_R),
         "distinct_1_frac": distinct_frac(ids, 1),
         "distinct_2_frac": distinct_frac(ids, 2),
         "repeated_frac": repeated_frac(ids, REPEATED_TOKENS),
         "duplicates_frac": duplicates_frac(ids),
+        "self_bleu_frac": self_bleu(ids),
     }
-    if rollouts.heldout_score_R is not None:
-        figures["heldout_score"] = float(rollouts.heldout_score_R.mean())
-    return figures | {f"reward/{name}": float(part_R.mean()) for name, part_R in rollouts.parts_R.items()}
 
 
 def kl_of_responses(rollouts: Rollouts) -> dict[str, float]:

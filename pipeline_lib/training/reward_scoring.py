@@ -1,4 +1,4 @@
-"""Reward sources where PPO asks for scores: rollouts become samples, models become resources.
+"""Reward sources where a training asks for scores of its samples: rollouts become samples, models become resources.
 
 Legend: R responses.
 """
@@ -23,6 +23,7 @@ from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.reward_set import RewardScorer
 from pipeline_lib.training.rewards.contract import Sample
+from pipeline_lib.training.rollout import rollout_tree
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,27 @@ class SetScorer:
         row = self.rows[record_id]
         text = self.chat.decode(list(tree.response_ids[0]))
         return Sample(record_id, row.messages, text, tree, is_finished, row.tags, row.reference)
+
+
+@dataclass(frozen=True)
+class GroupSetScorer:
+    """The same for groups of samples: `sampling_rollouts.GroupScorer`."""
+
+    each: SetScorer
+
+    def score(self, prompts: Sequence[Tree], samples: Sequence[Tree], is_finished: Sequence[bool]) -> Scored:
+        """Score every response by itself, prompt by prompt; see `SetScorer.score`."""
+        flat = [(prompt, ids) for prompt, tree in zip(prompts, samples, strict=True) for ids in tree.response_ids]
+        alone = [rollout_tree(place, list(prompt.prompt_ids), list(ids)) for place, (prompt, ids) in enumerate(flat)]
+        return self.each.score([prompt for prompt, _ in flat], alone, is_finished)
+
+    def state(self) -> str:
+        """Return what a checkpoint must hold."""
+        return self.each.state()
+
+    def load_state(self, state: str) -> None:
+        """Take a checkpoint's state back."""
+        self.each.load_state(state)
 
 
 @dataclass(frozen=True)

@@ -7,37 +7,44 @@ flat in that order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pipeline_lib.errors import DivergedError
+from pipeline_lib.errors import DivergedError, RewardError
+from pipeline_lib.generation import open_generator
+from pipeline_lib.generation.contract import Generator
 from pipeline_lib.models.heads import load_scalar_model
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.precision import default_device
-from pipeline_lib.models.sampling import SamplingSettings, sample
+from pipeline_lib.models.sampling import SamplingSettings
 from pipeline_lib.models.scoring import Layout, response_scores
+from pipeline_lib.registry import PluginSpec
 from pipeline_lib.schema import Record
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
+from pipeline_lib.training.collection import Scored, scores_once
 from pipeline_lib.training.critic import Normalization
+from pipeline_lib.training.generating import mismatch_nats, policy_for
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.settings import TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, dtype_for
 
 _INTS = ("prompt_ids", "prompt_lengths_G", "response_ids", "lengths_R")
+_PART = "part:"
 _SHOWN = 8
 
 
 class GroupScorer(Protocol):
     """Gives every sample its score: the one place where the reward comes from."""
 
-    def score(self, prompts: Sequence[Tree], samples: Sequence[Tree], is_finished: Sequence[bool]) -> Tensor:
-        """Return the score of every response, `(R,)`, prompt by prompt.
+    def score(self, prompts: Sequence[Tree], samples: Sequence[Tree], is_finished: Sequence[bool]) -> Tensor | Scored:
+        """Return the score of every response, `(R,)`, prompt by prompt; `Scored` where some have none.
 
         Args:
             prompts: Trees without responses; the record id is the row's.
@@ -62,6 +69,10 @@ class GroupRollouts:
     """Score of each response, before any missing-EOS rule."""
     is_finished_R: Tensor
     """True where the response ended by itself."""
+    parts_R: dict[str, Tensor] = field(default_factory=dict)
+    """What the score is made of, by name, a number a response or one of all; empty where it has no parts."""
+    mismatch_nats: Tensor | None = None
+    """Mean difference a token between the log-probabilities of sampler and trainer; None where they are one model."""
 
     @property
     def samples_per_prompt(self) -> int:
@@ -87,7 +98,10 @@ class GroupRollouts:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole as tensors, for a checkpoint."""
+        mismatch = {} if self.mismatch_nats is None else {"mismatch_nats": self.mismatch_nats}
         return {
+            **mismatch,
+            **{_PART + name: value for name, value in self.parts_R.items()},
             "prompt_ids": torch.tensor([token for tree in self.trees for token in tree.prompt_ids]),
             "prompt_lengths_G": torch.tensor([len(tree.prompt_ids) for tree in self.trees]),
             "response_ids": torch.tensor([token for tree in self.trees for ids in tree.response_ids for token in ids]),
@@ -106,7 +120,9 @@ class GroupRollouts:
             group_tree(index, prompt, responses[index * samples : (index + 1) * samples])
             for index, prompt in enumerate(prompts)
         )
-        return cls(trees, **{name: value for name, value in tensors.items() if name not in _INTS})
+        parts = {name.removeprefix(_PART): value for name, value in tensors.items() if name.startswith(_PART)}
+        figures = {name: value for name, value in tensors.items() if name not in _INTS and not name.startswith(_PART)}
+        return cls(trees, **figures, parts_R=parts)
 
 
 def group_tree(index: int, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> Tree:
@@ -157,6 +173,17 @@ class GroupSampler:
     samples_per_prompt: int
     should_stop: Callable[[], bool]
     on_text: Callable[[str], None]
+    min_prompts: int = 1
+    """Prompts that must be left where a scorer leaves some out."""
+    generator_spec: PluginSpec = field(default_factory=lambda: {"name": "continuous"})
+    """What samples the responses."""
+
+    @cached_property
+    def generator(self) -> Generator:
+        """What responses are sampled by, opened where it is first needed."""
+        return open_generator(
+            self.generator_spec, policy_for(self.policy), eos_id=self.chat.eos_id, pad_id=self.chat.pad_id
+        )
 
     def collect(self, prompts: Sequence[Tree], *, seed: int, where: str) -> GroupRollouts:
         """Return the rollouts of some prompts, a function of (seed, prompts, weights).
@@ -169,15 +196,20 @@ class GroupSampler:
         Raises:
             StopRequestedError: The process was asked to end; nothing has changed.
             DivergedError: There is not one finite score a response.
+            RewardError: Too few prompts have a score for every sample.
         """
+        with scores_once(self.scorer):
+            return self._collect(prompts, seed, where)
 
+    def _collect(self, prompts: Sequence[Tree], seed: int, where: str) -> GroupRollouts:
         def on_batch(done: int) -> None:
             self.on_text(f"{where}: sampled {done}/{len(prompts)} prompts")
             self._stop_as_asked()
 
-        drawn = sample(
-            self.policy.model, [tree.prompt_ids for tree in prompts], self.settings, eos_id=self.chat.eos_id,
-            pad_id=self.chat.pad_id, seed=seed, samples_per_prompt=self.samples_per_prompt, on_batch=on_batch,
+        self.generator.update(policy_for(self.policy))
+        drawn = self.generator.generate(
+            [tree.prompt_ids for tree in prompts], self.settings, seed=seed,
+            samples_per_prompt=self.samples_per_prompt, on_batch=on_batch,
         )  # fmt: skip
         size = self.samples_per_prompt
         trees = tuple(
@@ -185,10 +217,41 @@ class GroupSampler:
             for index, tree in enumerate(prompts)
         )
         self.on_text(f"{where}: scoring {len(drawn)} responses")
-        is_finished = [one.is_finished for one in drawn]
-        score_R = self.scorer.score(prompts, trees, is_finished).float().cpu()
-        self._require_scores(score_R, prompts, where)
-        return GroupRollouts(trees, **self._logps(trees), score_R=score_R, is_finished_R=torch.tensor(is_finished))
+        is_finished = torch.tensor([one.is_finished for one in drawn])
+        given = self.scorer.score(prompts, trees, is_finished.tolist())
+        scored = given if isinstance(given, Scored) else Scored(given)
+        score_R = scored.score_R.float().cpu()
+        self._require_scores(score_R, scored.kept, prompts, where)
+        if scored.kept is not None:
+            groups = self._whole_groups(scored.kept, len(prompts), where)
+            rows = [group * size + place for group in groups for place in range(size)]
+            score_R = score_R[torch.isin(torch.tensor(scored.kept), torch.tensor(rows))]
+            trees = tuple(
+                group_tree(index, trees[group].prompt_ids, trees[group].response_ids)
+                for index, group in enumerate(groups)
+            )
+            is_finished = is_finished[rows]
+            drawn = [drawn[row] for row in rows]
+        figures = self._logps(trees)
+        lengths = [len(ids) for tree in trees for ids in tree.response_ids]
+        return GroupRollouts(
+            trees, **figures, score_R=score_R, is_finished_R=is_finished, parts_R=scored.parts_R,
+            mismatch_nats=mismatch_nats(drawn, figures["logp_N"].split(lengths)),
+        )  # fmt: skip
+
+    def _whole_groups(self, kept: Sequence[int], num_prompts: int, where: str) -> list[int]:
+        """Return the prompts of which every sample has a score: the others tell less than they should."""
+        size, with_score = self.samples_per_prompt, set(kept)
+        groups = [
+            group for group in range(num_prompts) if with_score.issuperset(range(group * size, (group + 1) * size))
+        ]
+        if len(groups) < self.min_prompts:
+            raise RewardError(
+                f"{where}: {len(groups)} of {num_prompts} prompts have a score for each of their {size} samples, "
+                f"{self.min_prompts} are needed",
+                next_step="correct the reward sources, raise batch_size or lower minibatches",
+            )
+        return groups
 
     @torch.no_grad()
     def _logps(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
@@ -216,8 +279,11 @@ class GroupSampler:
         if self.should_stop():
             raise StopRequestedError
 
-    def _require_scores(self, score_R: Tensor, prompts: Sequence[Tree], where: str) -> None:
-        if score_R.shape != (len(prompts) * self.samples_per_prompt,):
+    def _require_scores(
+        self, score_R: Tensor, kept: tuple[int, ...] | None, prompts: Sequence[Tree], where: str
+    ) -> None:
+        places = range(len(prompts) * self.samples_per_prompt) if kept is None else kept
+        if score_R.shape != (len(places),):
             raise DivergedError(
                 f"{where}: the reward gave {tuple(score_R.shape)} scores for "
                 f"{len(prompts)} x {self.samples_per_prompt} responses",
@@ -226,7 +292,7 @@ class GroupSampler:
         bad = (~torch.isfinite(score_R)).nonzero().flatten().tolist()
         if not bad:
             return
-        ids = list(dict.fromkeys(prompts[place // self.samples_per_prompt].record_id for place in bad))
+        ids = list(dict.fromkeys(prompts[places[row] // self.samples_per_prompt].record_id for row in bad))
         raise DivergedError(
             f"{where}: {len(bad)} of {score_R.numel()} scores are not finite; rows of their prompts: "
             + ", ".join(name[:12] for name in ids[:_SHOWN]),

@@ -9,7 +9,8 @@ the first step of an iteration does the sampling, and the rollouts are in every 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -21,13 +22,15 @@ from pipeline_lib.losses.group import GroupLoss, grpo_loss, rloo_loss, token_wei
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.rl.group_advantage import alike_frac, group_normalized, leave_one_out
-from pipeline_lib.rl.kl import kl_estimate
+from pipeline_lib.rl.kl import Estimator, kl_estimate
 from pipeline_lib.rl.rewards import apply_missing_eos
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.collection import RemembersScores
 from pipeline_lib.training.forward import training_forward
 from pipeline_lib.training.group import ProcessGroup
 from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
+from pipeline_lib.training.iteration_figures import text_figures
 from pipeline_lib.training.plan import DataPlan, permutation
 from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss
 from pipeline_lib.training.sampling_rollouts import GroupRollouts, GroupSampler
@@ -51,9 +54,18 @@ class GroupRecipe:
         *,
         settings: RlooSettings | GrpoSettings,
         layout: Layout,
+        on_speed: Callable[[int, Mapping[str, float]], None] = lambda *_: None,
     ) -> None:
-        """Take what draws and scores samples, the prompts (trees without responses) and the settings."""
-        self.sampler, self.policy = sampler, sampler.policy
+        """Take what draws and scores samples, the prompts (trees without responses) and the settings.
+
+        Args:
+            sampler: Draws and scores samples.
+            prompts: Trees without responses.
+            settings: Of RLOO or GRPO.
+            layout: How rows become forwards.
+            on_speed: Told tokens a second with the step; they differ from run to run, so they are no figures.
+        """
+        self.sampler, self.policy, self.on_speed = sampler, sampler.policy, on_speed
         self.settings, self.layout = settings, layout
         self.plan = DataPlan.of(prompts, settings)
         self.num_steps = settings.iterations * settings.steps_per_iteration
@@ -61,6 +73,7 @@ class GroupRecipe:
         self.iteration_figures: dict[str, float] = {}
         self.samples: list[str] = []
         self._advantage_GK = torch.zeros(0, settings.samples_per_prompt)
+        self._update_started_s = 0.0
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Return the policy's parameters."""
@@ -71,8 +84,12 @@ class GroupRecipe:
         iteration, place = divmod(step, self.settings.steps_per_iteration)
         # A stop between sampling and the update leaves a checkpoint with the new rollouts in it.
         if place == 0 and self.iteration_figures.get("iteration") != iteration:
+            started_s = time.monotonic()
             self._take(self._collect_once(iteration))
+            self._tell_speed(step, "rollout_tokens_per_s", since_s=started_s, passes=1)
             self._finish_iteration(iteration)
+        if place == 0:
+            self._update_started_s = time.monotonic()
         rollouts = self._current()
         epoch, minibatch = divmod(place, self.settings.minibatches)
         order = permutation(len(rollouts.trees), self.settings.seed, "group", iteration, epoch)
@@ -141,9 +158,16 @@ class GroupRecipe:
         advantage_N = advantage_R[batch.response_N]
         return grpo_loss(new_N, old_N, kl_N, advantage_N, weight_N, beta=settings.beta, clip_range=settings.clip_range)
 
-    def after_step(self, step: int) -> dict[str, float]:  # noqa: ARG002
+    def after_step(self, step: int) -> dict[str, float]:
         """Return the figures of the iteration that the step belongs to."""
+        # A training that was resumed inside an iteration does not know when its update began.
+        if (step + 1) % self.settings.steps_per_iteration == 0 and self._update_started_s > 0:
+            self._tell_speed(step, "update_tokens_per_s", since_s=self._update_started_s, passes=self.settings.mu)
         return self.iteration_figures
+
+    def _tell_speed(self, step: int, name: str, *, since_s: float, passes: int) -> None:
+        elapsed_s = max(time.monotonic() - since_s, 1e-9)
+        self.on_speed(step, {name: passes * sum(self._current().lengths_R) / elapsed_s})
 
     def check_start(self, step: int, figures: Mapping[str, float]) -> None:
         """Check that nothing has moved yet: ratio 1 and, unless the policy starts anew, KL 0.
@@ -167,9 +191,15 @@ class GroupRecipe:
             )
 
     def state(self) -> RecipeState:
-        """Return rollouts, the iteration's figures and the kept samples."""
+        """Return rollouts, the iteration's figures, the kept samples and what the scorer remembers."""
         tensors = self.rollouts.tensors() if self.rollouts is not None else {}
-        return RecipeState(tensors, {"samples": self.samples, "iteration_figures": json.dumps(self.iteration_figures)})
+        values: dict[str, float | int | str | bool | list[int] | list[str]] = {
+            "samples": self.samples,
+            "iteration_figures": json.dumps(self.iteration_figures),
+        }
+        if isinstance(self.sampler.scorer, RemembersScores):
+            values["scorer"] = self.sampler.scorer.state()
+        return RecipeState(tensors, values)
 
     def load_state(self, state: RecipeState) -> None:
         """Take a checkpoint's state back."""
@@ -179,16 +209,21 @@ class GroupRecipe:
         assert isinstance(kept, list)
         self.samples = [str(row) for row in kept]
         self.iteration_figures = json.loads(str(state.values["iteration_figures"]))
+        if isinstance(self.sampler.scorer, RemembersScores):
+            self.sampler.scorer.load_state(str(state.values["scorer"]))
 
     def rewards(self, rollouts: GroupRollouts) -> Tensor:
         """Return what the advantages are made of, `(G, K)`: scores after the missing-EOS rule, for RLOO less the KL."""
-        score_R = apply_missing_eos(
-            rollouts.score_R, rollouts.is_finished_R,
-            mode=self.settings.missing_eos, value=self.settings.missing_eos_value,
-        )  # fmt: skip
+        score_R = self._shaped(rollouts)
         if isinstance(self.settings, RlooSettings):
             score_R = score_R - self.settings.beta * _kl_R(rollouts)
         return rollouts.groups(score_R)
+
+    def _shaped(self, rollouts: GroupRollouts) -> Tensor:
+        return apply_missing_eos(
+            rollouts.score_R, rollouts.is_finished_R,
+            mode=self.settings.missing_eos, value=self.settings.missing_eos_value,
+        )  # fmt: skip
 
     def _take(self, rollouts: GroupRollouts) -> None:
         """Make rollouts the present ones; their advantages are a function of them."""
@@ -221,9 +256,13 @@ class GroupRecipe:
         reward_GK = self.rewards(rollouts)
         kl_R = _kl_R(rollouts)
         kl_nats = float(kl_R.mean())
+        ids = [response for tree in rollouts.trees for response in tree.response_ids]
         self.iteration_figures = {
             "iteration": float(iteration),
             "ref_kl_nats": kl_nats,
+            "ref_kl_k2_nats": _kl_nats(rollouts, "k2"),
+            "ref_kl_k3_nats": _kl_nats(rollouts, "k3"),
+            "shaped_score": float(self._shaped(rollouts).mean()),
             "score": float(rollouts.score_R.mean()),
             "score_std": float(rollouts.score_R.std(unbiased=False)),
             "rlhf_reward": float(rollouts.score_R.mean()) - self.settings.beta * kl_nats,
@@ -233,7 +272,11 @@ class GroupRecipe:
             "entropy_nats": float(rollouts.entropy_N.mean()),
             "response_tokens": sum(rollouts.lengths_R) / len(rollouts.lengths_R),
             "finished_frac": float(rollouts.is_finished_R.float().mean()),
+            **text_figures(ids, rollouts.score_R),
+            **{f"reward/{name}": float(part_R.mean()) for name, part_R in rollouts.parts_R.items()},
         }
+        if rollouts.mismatch_nats is not None:
+            self.iteration_figures["rollout/mismatch_nats"] = float(rollouts.mismatch_nats)
         self._keep_samples(iteration, rollouts)
         if kl_nats > self.settings.max_kl_nats:
             raise DivergedError(
@@ -257,6 +300,12 @@ class GroupRecipe:
 def _kl_R(rollouts: GroupRollouts) -> Tensor:
     """Return log pi - log pi_ref of each response, `(R,)`, nats: the k1 estimate of its KL."""
     return torch.stack([row.sum() for row in rollouts.by_response(rollouts.logp_N - rollouts.ref_logp_N)])
+
+
+def _kl_nats(rollouts: GroupRollouts, estimator: Estimator) -> float:
+    """Return the mean KL of a response by an estimator, nats."""
+    kl_N = kl_estimate(rollouts.logp_N, rollouts.ref_logp_N, estimator=estimator)
+    return float(kl_N.sum()) / len(rollouts.lengths_R)
 
 
 def _gather(rows: list[Tensor], members: list[int]) -> Tensor:

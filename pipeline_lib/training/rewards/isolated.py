@@ -37,14 +37,17 @@ class Isolated:
         """Score all samples in one call; where that fails, one by one to find out which.
 
         Raises:
-            RewardError: The function cannot be loaded, or returns another count than it got samples.
+            RewardError: The function cannot be loaded, or returns another count than it got samples and
+                does so with none of them alone.
         """
         (answer,) = self._run([list(samples)]) if samples else [{"scores": []}]
-        if answer.get("is_count"):
-            raise RewardError(f"{self.function}: {answer['error']}", next_step=_COUNT_STEP)
         if "scores" in answer:
             return [_number(sample, value, resources) for sample, value in zip(samples, answer["scores"], strict=True)]
-        return self._one_by_one(samples, resources)
+        found = self._one_by_one(samples, resources)
+        if answer.get("is_count") and None not in found:
+            # Each row has a number when it is alone: which one of all rows has none cannot be told.
+            raise RewardError(f"{self.function}: {answer['error']}", next_step=_COUNT_STEP)
+        return found
 
     def _one_by_one(self, samples: Sequence[Sample], resources: Resources) -> list[float | None]:
         found: list[float | None] = []

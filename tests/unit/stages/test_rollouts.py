@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline_lib.errors import DataError, IntegrityError, InterruptedRunError
+from pipeline_lib.errors import DataError, IntegrityError, InterruptedRunError, RewardError
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import load_scalar_model
@@ -26,6 +26,7 @@ from pipeline_lib.stages.rollouts import RolloutsConfig, prompts_of_round
 from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.text.encode import Tree
+from pipeline_lib.training import reward_set
 from tests.toy import chat, encoder, layout, record, write_reward_model
 
 TEXTS = ("a", "what?", "tell me", "why", "hello you", "x", "and", "?")
@@ -40,11 +41,15 @@ class Listener:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.figures: dict[int, float] = {}
+        self.rewards: dict[str, float] = {}
 
     def progress(self, fraction: float, text: str) -> None: ...
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.figures[step] = values["rollouts/best_of_n_score"]
+        if "rollouts/best_of_n_score" in values:
+            self.figures[step] = values["rollouts/best_of_n_score"]
+        else:
+            self.rewards |= values
 
     def log(self, text: str) -> None:
         self.lines.append(text)
@@ -279,3 +284,60 @@ def test_rounds_go_through_all_prompts_and_then_begin_anew() -> None:
     assert len(prompts_of_round(rows, CONFIG)) == len(TEXTS)
     shuffled = prompts_of_round(rows[::-1], CONFIG)
     assert {each.id for each in shuffled} == {each.id for each in prompts_of_round(rows, CONFIG)}
+
+
+def rewarded(**changes: Any) -> RolloutsConfig:
+    """The same round with rewards: a wanted length, and a little of the reward model."""
+    parts = [
+        {"name": "length", "target": 3, "unit": "tokens"},
+        {"name": "reward_model", "weight": 0.25, "normalize": "running"},
+    ]
+    return RolloutsConfig.model_validate({**CONFIG.model_dump(), "rewards": {"parts": parts, **changes}})
+
+
+@pytest.mark.servers
+def test_a_set_of_rewards_ranks_the_responses_that_are_there_already(world: World) -> None:
+    plain = {each.prompt.id: each for each in samples(world.run(CONFIG)[0])}
+    directory, _ = world.run(rewarded())
+    assert world.parts_drawn == 0, "the rewards change no response"
+    raw = torch.tensor([(one.score - 0.5) / 2.0 for each in plain.values() for one in each.responses]).double()
+    model = (2.0 * raw + 0.5 - (2.0 * raw + 0.5).mean()) / (2.0 * raw).std(unbiased=False)
+    expected = iter(model.tolist())
+    for each in samples(directory):
+        before = plain[each.prompt.id]
+        assert [one.content for one in each.responses] == [one.content for one in before.responses]
+        # Each token beyond the target costs a third, down to 0; the end-of-turn token is none.
+        lengths = [max(0.0, 1 - abs(one.num_tokens - one.is_finished - 3) / 3) for one in each.responses]
+        own = [length + 0.25 * next(expected) for length in lengths]
+        assert [one.score for one in each.responses] == pytest.approx(own, abs=1e-4)
+    assert world.listener.rewards["rollouts/reward/scored_frac"] == 1.0
+    mean = float((2 * raw + 0.5).mean())
+    assert world.listener.rewards["rollouts/reward/reward_model"] == pytest.approx(mean, abs=1e-4)
+    for row in records(directory, Split.SFT):
+        ranked = next(each for each in samples(directory) if each.prompt.messages == row.messages)
+        assert row.responses[0].content == ranked.candidates()[0].content
+
+
+@pytest.mark.servers
+def test_a_response_without_a_score_stops_the_round_or_is_left_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd:
+        """Gives the responses of one prompt no number."""
+
+        def score(self, samples: Any, resources: Any) -> list[float | None]:
+            for one in samples:
+                if one.prompt[-1].content == "why":
+                    resources.on_problem(one, "it is odd")
+            return [None if one.prompt[-1].content == "why" else float(len(one.response)) for one in samples]
+
+    stopping, skipping, split = rewarded(), rewarded(on_error="skip"), reward_set.split_part
+    monkeypatch.setattr(
+        reward_set, "split_part", lambda spec: (split(spec)[0], Odd() if spec["name"] == "length" else split(spec)[1])
+    )
+    with pytest.raises(RewardError, match=r"reward 'length' could not score 3 of 24 responses: row \w{12}: it is odd"):
+        world.run(stopping)
+    directory, metrics = world.run(skipping)
+    assert {each.prompt.messages[0].content for each in samples(directory)} == set(TEXTS) - {"why"}
+    assert metrics["prompts"] == 7.0
+    assert sum("is not scored: length: it is odd" in line for line in world.listener.lines) == 3

@@ -34,6 +34,9 @@ def raises(rows):
 def fewer(rows):
     return [1.0]
 
+def drops(rows):
+    return [1 for row in rows if row["response"] != "bad"]
+
 def crashes(rows):
     for row in rows:
         if row["response"] == "bad":
@@ -87,6 +90,7 @@ def test_what_is_no_number_is_named_with_its_row() -> None:
     ("name", "reason"),
     [
         ("raises", "ZeroDivisionError: division by zero at my_rewards.py:19"),
+        ("drops", "it returned 0 numbers for 1 responses"),
         ("crashes", "its process ended with code 7: out of cheese"),
         ("hangs", "hung for 0.5 s at my_rewards.py:"),
     ],
@@ -107,7 +111,7 @@ def test_after_some_hangs_the_rest_is_not_tried() -> None:
     assert heard.problems[-1] == ("row5", "not tried after 3 that hung or crashed")
 
 
-def test_a_wrong_count_stops_at_once() -> None:
+def test_a_wrong_count_that_no_row_has_alone_stops_at_once() -> None:
     with pytest.raises(RewardError, match="my_rewards:fewer: it returned 1 numbers for 2 responses"):
         scored(spec("fewer"), samples("a", "b"))
 
