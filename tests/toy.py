@@ -200,7 +200,9 @@ class World:
         """A world in an empty folder."""
         return cls(workdir / "work", FolderCheckpoints(workdir / "kept"))
 
-    def loop(self, recipe: Recipe, chosen: TrainingSettings, *, every_s: float = 1e9) -> TrainingLoop:
+    def loop(
+        self, recipe: Recipe, chosen: TrainingSettings, *, every_s: float = 1e9, is_sharded: bool = False
+    ) -> TrainingLoop:
         """A loop over a recipe in this world."""
         hooks = LoopHooks(
             on_step=lambda step, figures: self.told.append((step, dict(figures))),
@@ -209,7 +211,7 @@ class World:
         )
         return TrainingLoop(
             recipe, chosen, workdir=self.workdir, checkpoints=self.checkpoints,
-            checkpoint_every_s=every_s, hooks=hooks,
+            checkpoint_every_s=every_s, hooks=hooks, is_sharded=is_sharded,
         )  # fmt: skip
 
 

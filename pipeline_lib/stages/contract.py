@@ -46,6 +46,8 @@ class StageContext:
     """Seconds between checkpoints of a training stage, at most."""
     should_stop: Callable[[], bool] = lambda: False
     """True once the process was asked to end: commit a checkpoint and raise InterruptedRunError."""
+    is_sharded: bool = False
+    """True where the processes of a training stage divide every weight among themselves."""
 
     def progress(self, fraction: float, text: str) -> None:
         """Tell the share of the work done and what is going on."""

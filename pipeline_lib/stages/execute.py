@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -44,6 +45,8 @@ class Job(Frozen):
     threads: int | None = None
     processes: int = 1
     """Processes that train together; changes no result, so it is not in the key."""
+    sharding: Literal["none", "full"] = "none"
+    """full: they divide every weight among themselves; changes no result either."""
 
     @property
     def key(self) -> str:
@@ -51,6 +54,11 @@ class Job(Frozen):
         spec = STAGES[self.stage]
         config = getattr(spec.load(), spec.config_class).model_validate(self.config)
         return stage_key(spec.name, spec.version, config, self.inputs)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True where the processes divide the weights."""
+        return self.sharding == "full"
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def run_here(job: Job, *, store: ArtifactStore, events: Events, should_stop: Cal
             checkpoints = Checkpoints(store, key, lease=lease)
             context = StageContext(
                 store=store, workdir=scratch / "output", events=events, checkpoints=checkpoints,
-                checkpoint_every_s=job.checkpoint_every_s, should_stop=should_stop,
+                checkpoint_every_s=job.checkpoint_every_s, should_stop=should_stop, is_sharded=job.is_sharded,
             )  # fmt: skip
             output = spec.run(config, job.inputs, context)
             assert isinstance(output, StageOutput)
@@ -124,6 +132,7 @@ def follow(job_json: str) -> None:
     """Take part in a stage as one of its further processes; the first one commits."""
     job = Job.model_validate_json(job_json)
     use_threads(job)
+    _use_own_gpu()
     store = ArtifactStore(job.storage, cache_directory=job.home / "cache")
     spec = STAGES[job.stage]
     config = getattr(spec.load(), spec.config_class).model_validate(job.config)
@@ -133,7 +142,10 @@ def follow(job_json: str) -> None:
     try:
         (scratch / "output").mkdir()
         kill_point(job.stage, f"process-{os.environ['RANK']}")
-        spec.run(config, job.inputs, StageContext(store, scratch / "output", _Silent(), Checkpoints(store, job.key)))
+        context = StageContext(
+            store, scratch / "output", _Silent(), Checkpoints(store, job.key), is_sharded=job.is_sharded
+        )
+        spec.run(config, job.inputs, context)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -146,6 +158,14 @@ def use_threads(job: Job) -> None:
         torch.set_num_threads(job.threads)
     elif job.processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
+
+
+def _use_own_gpu() -> None:
+    """Give a further process a GPU of its own, before it loads a model; the first process has the first one."""
+    import torch  # noqa: PLC0415  (as above)
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["RANK"]) % torch.cuda.device_count())
 
 
 class _Silent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ from pipeline_lib.stages.reward import RewardConfig
 from pipeline_lib.stages.rounds_config import BestOfNConfig, IteratedDpoConfig, RaftConfig, SdfConfig
 from pipeline_lib.stages.sample import SampleConfig
 from pipeline_lib.stages.sft import SftConfig
+from pipeline_lib.training.sharding_limits import why_not_sharded
 from pipeline_lib.validation import Frozen
 
 Candidate = Annotated[
@@ -58,6 +59,9 @@ class RuntimeConfig(Frozen):
     """CPU threads of a training stage's process; null: all cores, shared by its processes."""
     processes: int = Field(1, ge=1, le=64)
     """Processes of a training stage: it divides each step's forwards among them, with the same result."""
+    sharding: Literal["none", "full"] = "none"
+    """full: those processes divide every weight, gradient and moment among themselves, with the same result; not for
+    PPO, RLOO and GRPO, virtual tokens, QLoRA, Adafactor and 8-bit AdamW."""
 
 
 class RunConfig(Frozen):
@@ -103,6 +107,22 @@ class RunConfig(Frozen):
         taken = sorted(RESERVED_NAMES & self.candidates.keys())
         if taken:
             raise ValueError(f"candidates.{taken[0]}: the name is taken; give the candidate another")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.runtime.sharding == "none":
+            return self
+        if self.runtime.processes == 1:
+            raise ValueError(
+                "runtime.sharding: full divides weights among processes; set runtime.processes to 2 or more"
+            )
+        further = {f"reward_models.{name}": config for name, config in self.reward_models.items()}
+        trained = {"sft": self.sft, "reward": self.reward, **further, **self.all_candidates()}
+        for name, config in trained.items():
+            why = why_not_sharded(config)
+            if why is not None:
+                raise ValueError(f"{name}.{why}; change it or leave it out, or set runtime.sharding: none")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ Random numbers need no place in it: every draw is a function of (seed, step), se
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,29 +49,58 @@ class Checkpoint:
     """Early stopping's counters."""
 
 
-def write_checkpoint(
-    directory: Path, *, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, state: Checkpoint
-) -> None:
-    """Write everything that the next step depends on into a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
+Laying = Callable[[str, Tensor], Tensor]
+"""Lays a tensor out anew: from one process's part to the whole, or back; by the parameter's `<group>/<name>`."""
+
+
+def collect_tensors(
+    groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, state: Checkpoint, *, whole: Laying
+) -> dict[str, dict[str, Tensor]]:
+    """Copy every tensor of a checkpoint to the CPU, by the name of its file; all processes take part.
+
+    Args:
+        groups: What the optimizer holds.
+        optimizer: Its moments go with their parameter, `<group>/<name>#<moment>`.
+        state: Everything else.
+        whole: Makes of what this process holds of a tensor the whole one.
+    """
+    held: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
     for group in groups:
         for name, parameter in group.parameters.items():
-            weights[f"{group.name}/{name}"] = parameter.detach().cpu().contiguous().clone()
-            for key, value in optimizer.state.get(parameter, {}).items():
-                moments[f"{group.name}/{name}#{key}"] = torch.as_tensor(value).cpu().contiguous().clone()
-    save_file(weights, directory / "weights.safetensors")
-    save_file(moments, directory / "optimizer.safetensors")
-    for name, tensors in (("recipe", state.recipe.tensors), ("averages", state.averages), ("best", state.best)):
-        kept = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+            held["weights"][f"{group.name}/{name}"] = parameter.detach()
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                held["optimizer"][f"{group.name}/{name}#{slot}"] = torch.as_tensor(value)
+    held |= {"averages": state.averages, "best": state.best}
+    laid_out = {
+        file: {key: _stored(whole(key.partition("#")[0], value)) for key, value in tensors.items()}
+        for file, tensors in held.items()
+    }
+    return {**laid_out, "recipe": {key: _stored(value) for key, value in state.recipe.tensors.items()}}
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def write_checkpoint(directory: Path, tensors: Mapping[str, dict[str, Tensor]], state: Checkpoint) -> None:
+    """Write everything that the next step depends on into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, kept in tensors.items():
         save_file(kept, directory / f"{name}.safetensors")
     values = {"counters": state.counters, "recipe": state.recipe.values, "stopping": state.stopping}
     (directory / "state.json").write_bytes(canonical_json(values))
 
 
-def read_checkpoint(directory: Path, *, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer) -> Checkpoint:
+def read_checkpoint(
+    directory: Path, *, groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, part: Laying
+) -> Checkpoint:
     """Load a checkpoint into parameters and optimizer, and return the rest.
+
+    Args:
+        directory: As `write_checkpoint` left it.
+        groups: What the optimizer holds.
+        optimizer: Gets its moments back.
+        part: Makes of a whole tensor what this process holds of it.
 
     Raises:
         ResumeMismatchError: The checkpoint holds other parameters than the recipe trains, or no
@@ -90,11 +119,11 @@ def read_checkpoint(directory: Path, *, groups: list[ParameterGroup], optimizer:
         for group in groups:
             for name, parameter in group.parameters.items():
                 key = f"{group.name}/{name}"
-                parameter.copy_(weights[key])
+                parameter.copy_(part(key, weights[key]))
                 slots = {slot.partition("#")[2]: value for slot, value in moments.items() if slot.startswith(f"{key}#")}
                 for slot, value in slots.items():
                     # Fused AdamW wants its step counter, too, where the parameter is.
-                    optimizer.state[parameter][slot] = value.to(parameter.device)
+                    optimizer.state[parameter][slot] = part(key, value).to(parameter.device)
     state = json.loads((directory / "state.json").read_bytes())
     without = [group.name for group in groups if not any(name.startswith(f"{group.name}/") for name in moments)]
     if without and state["counters"]["step"] > 0:
@@ -105,7 +134,7 @@ def read_checkpoint(directory: Path, *, groups: list[ParameterGroup], optimizer:
     return Checkpoint(
         counters=dict(state["counters"]),
         recipe=RecipeState(load_file(directory / "recipe.safetensors"), state["recipe"]),
-        averages=load_file(directory / "averages.safetensors"),
-        best=load_file(directory / "best.safetensors"),
+        averages={key: part(key, value) for key, value in load_file(directory / "averages.safetensors").items()},
+        best={key: part(key, value) for key, value in load_file(directory / "best.safetensors").items()},
         stopping=dict(state["stopping"]),
     )

@@ -13,18 +13,24 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
-from torch import nn
 
 from pipeline_lib.errors import InterruptedRunError, ResumeMismatchError
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.precision import default_device
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.breaker import Guarded
-from pipeline_lib.training.checkpoint import Checkpoint, CheckpointStore, read_checkpoint, write_checkpoint
+from pipeline_lib.training.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    collect_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from pipeline_lib.training.early_stopping import EarlyStopping
 from pipeline_lib.training.ema import WeightAverage
 from pipeline_lib.training.group import ProcessGroup, add_figures
@@ -38,6 +44,7 @@ from pipeline_lib.training.guards import (
 from pipeline_lib.training.optimizer import build_optimizer, epsilon_at, learning_rate_at
 from pipeline_lib.training.recipe import Figure, Recipe, StopRequestedError, TrainingEndedError
 from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
+from pipeline_lib.training.weights import Weights, WholeWeights
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +81,7 @@ class TrainingLoop:
         checkpoints: CheckpointStore,
         checkpoint_every_s: float,
         hooks: LoopHooks,
+        is_sharded: bool = False,
     ) -> None:
         """Take the recipe and everything around it.
 
@@ -85,13 +93,18 @@ class TrainingLoop:
             checkpoints: Where they are committed.
             checkpoint_every_s: Seconds between checkpoints, at most.
             hooks: Figures and progress out, stop requests in.
+            is_sharded: Divide every weight among the processes; alone, a process holds all of it.
+
+        Raises:
+            ConfigError: Such weights cannot be divided.
         """
         self.recipe, self.settings = recipe, settings
         self.workdir, self.checkpoints, self.hooks = workdir, checkpoints, hooks
         self.checkpoint_every_s = checkpoint_every_s
         self.processes = ProcessGroup()
         self.device = default_device()
-        self.groups = list(recipe.parameter_groups())
+        self.weights = _weights_of(recipe, settings, self.processes, is_sharded=is_sharded)
+        self.groups = self.weights.groups
         require_trainable(self.groups)
         self.optimizer = build_optimizer(self.groups, settings.optimizer)
         self.average = WeightAverage(self.groups, settings.ema_decay) if settings.ema_decay is not None else None
@@ -133,7 +146,8 @@ class TrainingLoop:
                 f"step {self.progress.step}/{self.recipe.num_steps}, loss {figures['loss']:.4f}",
             )
             is_last = self.progress.step == self.recipe.num_steps
-            if not is_last and time.monotonic() - last_checkpoint >= self.checkpoint_every_s:
+            is_due = time.monotonic() - last_checkpoint >= self.checkpoint_every_s
+            if not is_last and self.processes.from_first(is_due):
                 self._checkpoint()
                 last_checkpoint = time.monotonic()
         self._finish()
@@ -159,6 +173,8 @@ class TrainingLoop:
             self.hooks.on_progress(1.0, self.end)
         elif self.average is not None:
             self.average.apply()
+        self.weights.finish()
+        self.groups = self.weights.groups
         require_finite_weights(
             (f"{g.name}/{name}", parameter) for g in self.groups for name, parameter in g.parameters.items()
         )
@@ -168,14 +184,15 @@ class TrainingLoop:
         if self.stopping is None or not self.stopping.is_due(step, self.recipe.num_steps):
             return
         with self.average.applied() if self.average is not None else nullcontext():
-            loss = self.recipe.held_out_loss()
+            loss = self.weights.measure(self.recipe.held_out_loss)
             assert loss is not None, "early stopping needs held-out rows"
             self.stopping.record(step, loss)
         figures["held_out_loss"] = loss
 
     def _step(self, step: int) -> dict[str, float]:
         torch.manual_seed(derive_seed(self.settings.seed, "step", step))
-        batches = [batch.to(self.device) for batch in self.recipe.micro_batches(step)]
+        found = self.weights.measure(partial(self.recipe.micro_batches, step))
+        batches = [batch.to(self.device) for batch in found]
         factor = self._set_rates(step)  # after the batches: a circuit breaker may have halved them
         require_responses(batches)
         totals = self._accumulate(step, batches)
@@ -183,7 +200,7 @@ class TrainingLoop:
         if step == 0:
             self.recipe.check_start(step, figures)
         for group in self.groups:
-            norm = float(nn.utils.clip_grad_norm_(group.parameters.values(), self.settings.optimizer.max_grad_norm))
+            norm = self.weights.clip(group, self.settings.optimizer.max_grad_norm)
             require_finite(norm, what=f"the gradient norm of {group.name}", step=step, batches=batches)
             if step == 0:
                 require_gradient(norm, step=step)
@@ -213,17 +230,18 @@ class TrainingLoop:
         if not is_alone and self.processes.from_first(self.hooks.should_stop()):
             raise StopRequestedError
         totals: dict[str, Figure] = {}
-        for batch in self.processes.share(batches):
+        for batch, counts in self.weights.share(batches):
             # Processes may only stop together, so where there are more, between steps alone.
             if is_alone and self.hooks.should_stop():
                 raise StopRequestedError
             with self.recipe.training_forward(batch):
-                result = self.recipe.loss(batch, batches)
+                result = self.weights.forward(partial(self.recipe.loss, batch, batches))
                 loss = float(result.loss.detach())
                 require_finite(loss, what="the loss", step=step, batches=[batch])
-                result.loss.backward()
-            add_figures(totals, {"loss": Figure(loss, 0.0), **result.figures})
-        self.processes.sum_gradients(parameter for g in self.groups for parameter in g.parameters.values())
+                (result.loss if counts else 0.0 * result.loss).backward()
+            if counts:
+                add_figures(totals, {"loss": Figure(loss, 0.0), **result.figures})
+        self.weights.sum_gradients()
         totals = self.processes.sum_figures(totals)
         return {**totals, "loss": Figure(totals["loss"].total, 1.0)}
 
@@ -237,7 +255,7 @@ class TrainingLoop:
         )
 
     def _checkpoint(self) -> None:
-        if not self.processes.is_first:
+        if not (self.processes.is_first or self.weights.is_cut):
             return
         step = self.progress.step
         directory = self.workdir / f"checkpoint-{step:08d}"
@@ -248,7 +266,10 @@ class TrainingLoop:
             best=self.stopping.best if self.stopping is not None else {},
             stopping=self.stopping.counters() if self.stopping is not None else {},
         )
-        write_checkpoint(directory, groups=self.groups, optimizer=self.optimizer, state=state)
+        tensors = collect_tensors(self.groups, self.optimizer, state, whole=self.weights.whole)
+        if not self.processes.is_first:
+            return
+        write_checkpoint(directory, tensors, state)
         self.checkpoints.save(step, directory, {"num_steps": self.recipe.num_steps})
 
     def _resume(self) -> None:
@@ -257,7 +278,7 @@ class TrainingLoop:
         if step is None:
             return
         directory = self.checkpoints.fetch(step, self.workdir / f"resume-{step:08d}")
-        state = read_checkpoint(directory, groups=self.groups, optimizer=self.optimizer)
+        state = read_checkpoint(directory, groups=self.groups, optimizer=self.optimizer, part=self.weights.part)
         if bool(state.averages) != (self.average is not None) or bool(state.stopping) != (self.stopping is not None):
             raise ResumeMismatchError(
                 "the checkpoint was made with another ema_decay or early_stopping",
@@ -276,3 +297,12 @@ def write_series(series: list[dict[str, Any]], file: TextIO) -> None:
     """Write step figures as JSON lines."""
     for row in series:
         file.write(json.dumps(row, sort_keys=True) + "\n")
+
+
+def _weights_of(recipe: Recipe, settings: TrainingSettings, processes: ProcessGroup, *, is_sharded: bool) -> Weights:
+    if not is_sharded or processes.size == 1:
+        return WholeWeights(recipe, processes)
+    # torch's sharding takes long to import, and few trainings use it.
+    from pipeline_lib.training.sharding import ShardedWeights  # noqa: PLC0415
+
+    return ShardedWeights(recipe, processes, settings)
