@@ -188,7 +188,11 @@ def test_offset_finds_the_row_again(tmp_path: Path) -> None:
     assert path.read_bytes()[rejection.byte_offset :].startswith(bad)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b" \n\t\n", b"\xef\xbb\xbf", gzip.compress(b"")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b" \n\t\n", b"\xef\xbb\xbf", gzip.compress(b"")],
+    ids=["empty", "newline", "spaces", "byte_order_mark", "empty_gzip"],  # gzip's bytes hold the time of day
+)
 def test_nothing_is_no_row(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
