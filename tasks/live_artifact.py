@@ -75,7 +75,8 @@ class LiveArtifact:
             self._publish(text)
 
     def _publish(self, text: str) -> None:
-        figures = [form.format(self._figures[name]) for name, form in _SHOWN.items() if name in self._figures]
+        shown = [name for name in _SHOWN if name in self._figures and name not in text]
+        figures = [_SHOWN[name].format(self._figures[name]) for name in shown]
         description = " · ".join([f"**{self._name}** {text}", *figures])
         try:
             if self._id is None:

@@ -86,6 +86,16 @@ def test_a_failed_stage_stays_where_it_was_and_says_so(server: Server) -> None:
     assert server.told[-1] == (25.0, "**ppo** failed: E_REWARD")
 
 
+def test_a_figure_that_the_text_tells_already_is_not_told_twice(server: Server) -> None:
+    artifact = server.artifact()
+    artifact.note({"ppo/loss": 0.5, "ppo/score": 1.0})
+    artifact.move(0.25, "step 2/8, loss 0.5000")
+    artifact.finish("done in 1.0 s", is_done=True)
+    assert [text for _, text in server.told] == [
+        "**ppo** step 2/8, loss 0.5000 · score 1", "**ppo** done in 1.0 s · score 1 · loss 0.5",
+    ]  # fmt: skip
+
+
 def test_keys_are_such_as_prefect_takes(server: Server) -> None:
     for name, key in (
         ("reward:safe_one", "reward-safe-one-progress"),
