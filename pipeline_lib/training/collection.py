@@ -29,7 +29,7 @@ from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.divergence import ReferenceStates
-from pipeline_lib.training.generating import mismatch_nats, policy_for
+from pipeline_lib.training.generating import EveryEighth, mismatch_nats, policy_for
 from pipeline_lib.training.group import ProcessGroup
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
@@ -163,10 +163,12 @@ class Collector:
         settings = self.settings
         shares = self.num_processes if settings.process_seeds == "rank_offset" else 1
         drawn: dict[int, Sample] = {}
+        told = EveryEighth(len(prompts))
 
         def on_batch(done: int) -> None:
             num = len(drawn) + done
-            self.on_text(f"iteration {iteration + 1}/{settings.iterations}: sampled {num}/{len(prompts)}")
+            if told.is_due(num):
+                self.on_text(f"iteration {iteration + 1}/{settings.iterations}: sampled {num}/{len(prompts)}")
             if self.should_stop():
                 raise StopRequestedError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from pipeline_lib.training.trained_model import TrainedModel
 
 MAX_MISMATCH_NATS = 1.0
 """Mean difference a token above which sampler and trainer are not one model: rounding makes a hundredth of it."""
+
+
+@dataclass
+class EveryEighth:
+    """Says when progress is worth a line: a generator tells of every prompt that is done."""
+
+    total: int
+    _told: int = -1
+
+    def is_due(self, done: int) -> bool:
+        """Tell whether another eighth is done, or all."""
+        eighth = 8 * done // self.total
+        is_new = eighth > self._told
+        self._told = max(eighth, self._told)
+        return is_new
 
 
 def policy_for(trained: TrainedModel) -> Policy:

@@ -29,7 +29,7 @@ from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.training.collection import Scored, scores_once
 from pipeline_lib.training.critic import Normalization
-from pipeline_lib.training.generating import mismatch_nats, policy_for
+from pipeline_lib.training.generating import EveryEighth, mismatch_nats, policy_for
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.settings import TrainingSettings
@@ -202,8 +202,11 @@ class GroupSampler:
             return self._collect(prompts, seed, where)
 
     def _collect(self, prompts: Sequence[Tree], seed: int, where: str) -> GroupRollouts:
+        told = EveryEighth(len(prompts))
+
         def on_batch(done: int) -> None:
-            self.on_text(f"{where}: sampled {done}/{len(prompts)} prompts")
+            if told.is_due(done):
+                self.on_text(f"{where}: sampled {done}/{len(prompts)} prompts")
             self._stop_as_asked()
 
         self.generator.update(policy_for(self.policy))
