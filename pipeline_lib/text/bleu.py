@@ -91,15 +91,11 @@ def self_bleu(samples: Sequence[Tokens], *, max_n: int = 4) -> float:
     """
     if len(samples) < 2:
         return 0.0
-    counts = [[_ngrams(sample, n) for sample in samples] for n in range(1, max_n + 1)]
-    highest = [_two_highest(of_order) for of_order in counts]
+    # A sample that has an n-gram most often is bounded by the second most; every other has no more than that.
+    most = [_second_highest([_ngrams(sample, n) for sample in samples]) for n in range(1, max_n + 1)]
     lengths = [len(sample) for sample in samples]
     total = 0.0
     for place, sample in enumerate(samples):
-        most = [
-            Counter({gram: _of_others(top[gram], place) for gram in own[place]})
-            for own, top in zip(counts, highest, strict=True)
-        ]
         nearest = _nearest(lengths[:place] + lengths[place + 1 :], lengths[place])
         total += _overlap(sample, most, nearest).bleu(smoothing=SMOOTHING)
     return total / len(samples)
@@ -123,28 +119,11 @@ def _nearest(lengths: Sequence[int], length: int) -> int:
     return min(lengths, key=lambda other: (abs(other - length), other))
 
 
-@dataclass(frozen=True, slots=True)
-class _Highest:
-    """How often an n-gram is in the sample that has it most often, and in any of the others at most."""
-
-    count: int
-    holder: int
-    count_of_others: int
-
-
-def _two_highest(counts: Sequence[Counter[Ngram]]) -> dict[Ngram, _Highest]:
-    found: dict[Ngram, _Highest] = {}
-    for place, own in enumerate(counts):
+def _second_highest(counts: Sequence[Counter[Ngram]]) -> Counter[Ngram]:
+    """Return for each n-gram the second highest of its counts; 0 where one sample alone has it."""
+    highest, second = Counter[Ngram](), Counter[Ngram]()
+    for own in counts:
         for gram, count in own.items():
-            top = found.get(gram, _Highest(0, -1, 0))
-            is_higher = count > top.count
-            found[gram] = (
-                _Highest(count, place, top.count)
-                if is_higher
-                else _Highest(top.count, top.holder, max(top.count_of_others, count))
-            )
-    return found
-
-
-def _of_others(top: _Highest, place: int) -> int:
-    return top.count_of_others if top.holder == place else top.count
+            second[gram] = max(second[gram], min(count, highest[gram]))
+            highest[gram] = max(highest[gram], count)
+    return second
