@@ -125,15 +125,19 @@ def frontier_chart(rows: Sequence[tuple[str, Interval, Interval]], *, title: str
     y_axis = Axis.over([end for _, _, y in known for end in _ends(y)], _TALL - BOTTOM, TOP)
     parts = [grid(x_axis, y_axis, x_label, counts=False, width=_WIDE, height=_TALL)]
     dots = [(name, x_axis(x.value or 0.0), y_axis(y.value or 0.0), x, y) for name, x, y in known]
+    labels: list[Markup] = []
     heights = _apart([(x_px, y_px) for _, x_px, y_px, _, _ in dots])
     for (name, x_px, y_px, x, y), label_y in zip(dots, heights, strict=True):
         title_of = Markup("<title>{}: {} at {}</title>").format(name, number(y.value), number(x.value))
         parts.append(
-            Markup('<g class="{}">{}{}<circle class="dot" cx="{}" cy="{}" r="5">{}</circle></g>'
-                   '<text class="label" x="{}" y="{}">{}</text>')
+            Markup('<g class="{}">{}{}<circle class="dot" cx="{}" cy="{}" r="5">{}</circle></g>')
             .format(model_class(name), _bar(x, x_axis, y_px, is_level=True), _bar(y, y_axis, x_px, is_level=False),
-                    x_px, y_px, title_of, x_px + 9, label_y + 4, name)
+                    x_px, y_px, title_of)
         )  # fmt: skip
+        labels.append(
+            Markup('<text class="label" x="{}" y="{}">{}</text>').format(x_px + 9, round(label_y + 4, 1), name)
+        )  # fmt: skip
+    parts += labels  # no dot covers a name
     return svg(_WIDE, _TALL, title, parts)
 
 
