@@ -137,16 +137,16 @@ class RewardError(PipelineError):
     code, exit_code = "E_REWARD", 33
 
 
-class PrefectUnavailableError(PipelineError):
-    """The Prefect server does not answer."""
-
-    code, exit_code, is_transient = "E_PREFECT", 40, True
-
-
 class GeneratorError(PipelineError):
     """A generator of responses, such as a vLLM server, cannot be reached or does not answer as it must."""
 
     code, exit_code, is_transient = "E_GENERATOR", 34, True
+
+
+class PrefectUnavailableError(PipelineError):
+    """The Prefect server does not answer."""
+
+    code, exit_code, is_transient = "E_PREFECT", 40, True
 
 
 class TrackingError(PipelineError):

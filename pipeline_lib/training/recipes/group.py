@@ -257,15 +257,16 @@ class GroupRecipe:
         kl_R = _kl_R(rollouts)
         kl_nats = float(kl_R.mean())
         ids = [response for tree in rollouts.trees for response in tree.response_ids]
+        shaped_score = float(self._shaped(rollouts).mean())
         self.iteration_figures = {
             "iteration": float(iteration),
             "ref_kl_nats": kl_nats,
             "ref_kl_k2_nats": _kl_nats(rollouts, "k2"),
             "ref_kl_k3_nats": _kl_nats(rollouts, "k3"),
-            "shaped_score": float(self._shaped(rollouts).mean()),
+            "shaped_score": shaped_score,
             "score": float(rollouts.score_R.mean()),
             "score_std": float(rollouts.score_R.std(unbiased=False)),
-            "rlhf_reward": float(rollouts.score_R.mean()) - self.settings.beta * kl_nats,
+            "rlhf_reward": shaped_score - self.settings.beta * kl_nats,
             "group_std": float(reward_GK.std(1).mean()),
             "alike_frac": alike_frac(reward_GK),
             "best_in_group": float(rollouts.groups(rollouts.score_R).amax(1).mean()),

@@ -265,6 +265,9 @@ def test_scores_of_unfinished_responses_count_as_configured(directory: Path, wor
         assert grpo.rewards(rollouts).tolist() == [rewards]
         rloo = recipe_of(directory, chosen_for("rloo", missing_eos=mode, missing_eos_value=-2.0, beta=0.5), world)
         assert rloo.rewards(rollouts).tolist() == [[reward - 0.5 for reward in rewards]]
+        rloo._take(rollouts)
+        rloo._finish_iteration(0)
+        assert rloo.iteration_figures["rlhf_reward"] == pytest.approx(sum(rewards) / 3 - 0.5, rel=1e-6)
 
 
 def test_what_cannot_be_learnt_from_stops_with_its_reason(directory: Path, world: World) -> None:
