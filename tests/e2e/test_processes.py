@@ -1,12 +1,15 @@
-"""A stage in two processes: the same training as in one, one result, and a clear end where one process dies."""
+"""A stage in two processes, its weights whole or divided: the training of one, and a clear end where one dies."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from pipeline_lib.config import PRESETS, load
 from pipeline_lib.errors import ChildDiedError
@@ -18,6 +21,7 @@ from pipeline_lib.stages.places import open_places
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.storage.s3 import S3Settings
 from pipeline_lib.storage.store import ArtifactStore
+from tests.toy import furthest
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
@@ -45,26 +49,34 @@ class Place:
         self.inputs = {"base_model": base, "dataset": data}
         self.config = config.sft
 
-    def run(self, stage: str, config: object, inputs: dict[str, ArtifactRef], *, processes: int = 1) -> ArtifactRef:
+    def run(self, stage: str, config: object, inputs: dict[str, ArtifactRef], **how: Any) -> ArtifactRef:
         dumped = config.model_dump(mode="json")  # type: ignore[attr-defined]
-        job = Job(stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, processes=processes)
+        job = Job(stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, **how)
         return execute(job, store=self.store, events=Silent()).ref
 
     def losses(self, ref: ArtifactRef) -> list[float]:
         return [json.loads(line)["loss"] for line in self.store.read_lines(ref, "metrics.jsonl")]
 
+    def weights(self, ref: ArtifactRef) -> dict[str, Tensor]:
+        self.store.fetch(ref, self.home / ref.id)
+        return load_file(self.home / ref.id / "model" / "model.safetensors")
 
-@pytest.mark.timeout(300)
+
+@pytest.mark.timeout(400)
 def test_two_processes_train_as_one_and_a_lost_one_is_named(
     s3_server: S3Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hows: list[dict[str, Any]] = [{}, {"processes": 2}, {"processes": 2, "sharding": "full"}]
     places = [
-        Place(s3_server.model_copy(update={"prefix": f"{tmp_path.name}-{size}"}), tmp_path / str(size))
-        for size in (1, 2)
+        Place(s3_server.model_copy(update={"prefix": f"{tmp_path.name}-{n}"}), tmp_path / str(n)) for n in range(3)
     ]
-    one, two = (place.run("sft", place.config, place.inputs, processes=n + 1) for n, place in enumerate(places))
-    assert places[0].losses(one) == pytest.approx(places[1].losses(two), abs=1e-5)
-    assert len(places[0].losses(one)) >= 2
+    refs = [place.run("sft", place.config, place.inputs, **how) for place, how in zip(places, hows, strict=True)]
+    losses = [place.losses(ref) for place, ref in zip(places, refs, strict=True)]
+    weights = [place.weights(ref) for place, ref in zip(places, refs, strict=True)]
+    assert len(losses[0]) >= 2
+    for n in (1, 2):
+        assert losses[n] == pytest.approx(losses[0], abs=1e-5)
+        assert furthest(weights[n], weights[0]) <= 1e-5
 
     monkeypatch.setenv(KILL_VARIABLE, "sft:process-1")
     other = places[1].config.model_copy(update={"seed": 5})
