@@ -6,14 +6,14 @@ BIN    := $(VENV)/bin
 PRESET ?= demo
 # Further words for pip, e.g. an index of CPU-only builds of torch.
 PIP_FLAGS ?=
-# Words for `python -m benchmarks.peers`.
+# Words for `python -m benchmarks.peers`, or for `python -m benchmarks.ppo_peer`.
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt docs bench clean
+.PHONY: help setup demo test check fmt docs bench bench-ppo clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## Make .venv with the pinned packages; once, until a pin or pyproject.toml changes
 
@@ -55,6 +55,16 @@ bench: setup .venv-peer/.ready ## Measure against TRL (BENCH="--preset tiny" tri
 	  -c benchmarks/peer-constraints.txt trl torch transformers datasets peft accelerate
 	@touch $@
 
+bench-ppo: setup .venv-ppo-peer/.ready ## Measure PPO against the last TRL that has it (BENCH="--presets toy-lora" tries it out)
+	$(BIN)/python -m benchmarks.ppo_peer $(BENCH)
+	$(BIN)/python -m benchmarks.ppo_memory
+
+.venv-ppo-peer/.ready: benchmarks/ppo-peer-constraints.txt
+	$(PYTHON) -m venv .venv-ppo-peer
+	.venv-ppo-peer/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	  -c benchmarks/ppo-peer-constraints.txt trl torch transformers datasets peft accelerate
+	@touch $@
+
 clean: ## Remove .venv and caches; the results under .prefline/ stay
-	rm -rf $(VENV) .venv-peer build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-peer .venv-ppo-peer build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
