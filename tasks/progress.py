@@ -83,8 +83,11 @@ class Terminal:
         if not self.is_quiet:
             with self._lock:
                 stream = self._stream or sys.stderr
-                stream.write(text + "\n")
-                stream.flush()
+                try:
+                    stream.write(text + "\n")
+                    stream.flush()
+                except BrokenPipeError:
+                    self.is_quiet = True  # whoever read the lines has gone; the run goes on
 
 
 console = Terminal()

@@ -1,7 +1,8 @@
-"""The progress artifact of a stage: it moves, says what is going on and how it ended, and stops nothing."""
+"""What is told of a running stage: its progress artifact moves and says how it ended, and nothing of it stops a run."""
 
 from __future__ import annotations
 
+import io
 import uuid
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tasks import live_artifact
 from tasks.live_artifact import EVERY_S, LiveArtifact
+from tasks.progress import Terminal
 
 
 class Server:
@@ -114,3 +116,15 @@ def test_a_server_that_is_away_stops_nothing(server: Server) -> None:
     server.is_down = True
     artifact.finish("done", is_done=True)
     assert server.told == [(50.0, "**ppo** step 4/8")]
+
+
+def test_a_terminal_that_is_gone_stops_nothing() -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    terminal = Terminal(Closed())
+    bar = terminal.bar("sft")
+    bar.finish("done in 1.0 s")
+    assert terminal.is_quiet
+    bar.finish("done in 1.0 s")
