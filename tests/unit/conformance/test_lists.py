@@ -138,7 +138,7 @@ def test_value_and_gradient(spec: dict[str, Any], formula: Callable[[Ranked], fl
     for has_ties in (False, True) if spec["name"] in TAKES_TIES else (False,):
         x = drawn(count, seed, has_ties=has_ties)
         given = tensors(x)
-        loss = PREFERENCE_LOSSES.build(spec).of_list(given)  # type: ignore[attr-defined]
+        loss = PREFERENCE_LOSSES.build(spec).of_list(given)
         assert loss.dtype == torch.float64
         assert float(loss.detach()) == pytest.approx(formula(x), rel=1e-9, abs=1e-12)
         loss.backward()
@@ -213,7 +213,7 @@ def test_kto_value_and_gradient(seed: int) -> None:
         torch.tensor(kl_ref, dtype=torch.float64),
     )  # fmt: skip
     loss = PREFERENCE_LOSSES.build({"name": "kto", "beta": 0.3, "lambda_d": 1.5, "lambda_u": 0.75})
-    found_B = loss.per_response(given)  # type: ignore[attr-defined]
+    found_B = loss.per_response(given)
     assert found_B.dtype == torch.float64
     expected = [kto(a - b, z0, desirable=good) for a, b, good in zip(lp, ref, is_desirable, strict=True)]
     assert found_B.tolist() == pytest.approx(expected, rel=1e-9)

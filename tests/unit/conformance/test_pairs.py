@@ -136,7 +136,7 @@ def slope(formula: Formula, pair: Pair, name: str, *, step: float = 1e-5) -> flo
 def test_value_and_gradient(spec: dict[str, Any], formula: Formula, seed: int) -> None:
     pairs = drawn(24, seed)
     given = tensors(pairs)
-    found_B = PREFERENCE_LOSSES.build(spec).per_pair(given)  # type: ignore[attr-defined]
+    found_B = PREFERENCE_LOSSES.build(spec).per_pair(given)
     assert found_B.dtype == torch.float64
     assert found_B.tolist() == pytest.approx([formula(pair) for pair in pairs], rel=1e-9, abs=1e-12)
     found_B.sum().backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -134,9 +134,10 @@ def test_gae_is_the_double_sum(gamma: float, lam: float, seed: int) -> None:
     """A_t = sum_l (gamma lambda)^l delta_{t+l}; V after the end is 0; R = A + V."""
     rewards, lengths = drawn(seed)
     values, _ = drawn(seed + 50)
-    kept = [tensor(rewards), tensor(values)]
-    advantages_BT, returns_BT = gae(*kept, mask(lengths), gamma=gamma, gae_lambda=lam)
-    assert torch.equal(kept[0], tensor(rewards))
+    rewards_BT, values_BT = tensor(rewards), tensor(values)
+    advantages_BT, returns_BT = gae(rewards_BT, values_BT, mask(lengths), gamma=gamma, gae_lambda=lam)
+    assert torch.equal(rewards_BT, tensor(rewards))
+    assert torch.equal(values_BT, tensor(values))
     assert advantages_BT.dtype == torch.float64
     for b, length in enumerate(lengths):
         v = [*values[b][:length], 0.0]
@@ -189,7 +190,7 @@ def test_whitening_of_equal_values_and_its_gradient_beside_nan() -> None:
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimates_and_their_gradients(estimator: Estimator) -> None:
-    formulas = {
+    formulas: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
         "k1": (lambda d: d, lambda d: 1.0),
         "k2": (lambda d: d * d / 2, lambda d: d),
         "k3": (lambda d: math.exp(-d) - 1 + d, lambda d: 1 - math.exp(-d)),
@@ -223,7 +224,7 @@ def test_the_three_estimates_have_the_expectation_they_are_named_for() -> None:
     )
     exact = full_kl(policy_V, other_V).item()
     for estimator in ("k1", "k3"):
-        mean = (policy_V.exp() * kl_estimate(policy_V, other_V, estimator=estimator)).sum().item()  # type: ignore[arg-type]
+        mean = (policy_V.exp() * kl_estimate(policy_V, other_V, estimator=estimator)).sum().item()
         assert mean == pytest.approx(exact, rel=1e-9)
 
 

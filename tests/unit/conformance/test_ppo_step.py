@@ -65,13 +65,14 @@ class Row:
 
 def logps(model: Any, row: Row, temperature: float) -> Tensor:
     scores_TV = torch.log_softmax(model(row.ids).logits[0, row.steps] / temperature, -1)
-    return scores_TV[torch.arange(len(row.response)), torch.tensor(row.response)]
+    logp_T: Tensor = scores_TV[torch.arange(len(row.response)), torch.tensor(row.response)]
+    return logp_T
 
 
 def values(recipe: PpoRecipe, row: Row) -> Tensor:
     with recipe.critic.valuing() as model:
         hidden_TD = model.base_model(row.ids).last_hidden_state[0, row.steps]
-    raw_T = (hidden_TD @ recipe.critic.value_head_1D.T)[:, 0]
+    raw_T: Tensor = (hidden_TD @ recipe.critic.value_head_1D.T)[:, 0]
     return raw_T if recipe.settings.value_init == "zero" else GAIN * raw_T + BIAS
 
 

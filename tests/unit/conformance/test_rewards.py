@@ -83,7 +83,7 @@ def test_value_and_gradient(
     ranks = [draw.randint(1, 3) for _ in range(count)]
     ranks[0] = 0  # not all tie
     scores_K = torch.tensor(r, dtype=torch.float64, requires_grad=True)
-    loss, _ = REWARD_LOSSES.build(spec).of_prompt(scores_K, torch.tensor(ranks), strength=strength, weight=1.0)  # type: ignore[attr-defined]
+    loss, _ = REWARD_LOSSES.build(spec).of_prompt(scores_K, torch.tensor(ranks), strength=strength, weight=1.0)
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(formula(r, ranks), rel=1e-9, abs=1e-12)
     loss.backward()

@@ -165,10 +165,12 @@ def test_grpo_with_every_normalisation(norm: str) -> None:
         for lp, lp_old, k, a in zip(*columns, strict=True):
             ratio = math.exp(lp - lp_old)
             expected += (max(-a * ratio, -a * max(0.8, min(1.2, ratio))) + 0.04 * k) / divisor(n)  # type: ignore[no-untyped-call]
-    flat = [torch.tensor([x for row in rows for x in row], dtype=torch.float64) for rows in (new, old, kl, advantage)]
-    found = grpo_loss(*flat, weight_N, beta=0.04, clip_range=0.2)
+    new_N, old_N, kl_N, advantage_N = (
+        torch.tensor([x for row in rows for x in row], dtype=torch.float64) for rows in (new, old, kl, advantage)
+    )
+    found = grpo_loss(new_N, old_N, kl_N, advantage_N, weight_N, beta=0.04, clip_range=0.2)
     assert found.loss_sum.item() == pytest.approx(expected, rel=1e-9)
-    assert found.kl_loss == pytest.approx(0.04 * (flat[2] * weight_N).sum().item(), rel=1e-12)
+    assert found.kl_loss == pytest.approx(0.04 * (kl_N * weight_N).sum().item(), rel=1e-12)
 
 
 def test_rloo_where_nothing_moved_is_reinforce() -> None:

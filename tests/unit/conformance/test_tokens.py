@@ -166,7 +166,7 @@ def test_reductions(seed: int) -> None:
         "sum": sum(w * x for w, x in tokens),
     }
     for reduction, value in expected.items():
-        assert reduced(CrossEntropy(reduction=reduction), given) == pytest.approx(value, rel=1e-12)  # type: ignore[arg-type]
+        assert reduced(CrossEntropy(reduction=reduction), given) == pytest.approx(value, rel=1e-12)
 
 
 def test_token_mean_is_the_default() -> None:
