@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.learns_task import MAX_NEW_TOKENS, GroupRule, Measured, Task, measure, train
+from benchmarks.learns_task import MAX_NEW_TOKENS, GroupRule, Measured, Task, draw, measure, train
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.models.sampling import Sample, SamplingSettings, sample
 from pipeline_lib.models.scoring import response_logps
 from pipeline_lib.rl.best_of_n import expected_best, kl_nats
 from pipeline_lib.text.encode import Tree
+from pipeline_lib.training.collection import ResponseScorer
 from pipeline_lib.training.critic import Critic, Normalization
 from pipeline_lib.training.group_settings import GroupSettings, GrpoSettings, RlooSettings
 from pipeline_lib.training.plan import DataPlan
@@ -35,7 +37,16 @@ SAMPLES_MEASURED = 64
 """Fresh samples of each prompt by which a trained policy is measured."""
 Curve = list[dict[str, float]]
 """(responses, score, kl_nats) as training went on."""
-Trained = tuple[TrainedModel, Curve]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a method made of the speaker."""
+
+    policy: TrainedModel
+    curve: Curve
+    tokens: int
+    """Tokens that were generated for it."""
 
 
 def constant(rate: float) -> OptimizerSettings:
@@ -45,20 +56,30 @@ def constant(rate: float) -> OptimizerSettings:
 
 def ppo(task: Task, workdir: Path, *, strength: float, iterations: int, seed: int) -> Trained:
     """Train by PPO; the strength is the KL weight."""
-    settings = PpoSettings.model_validate(
+    settings = ppo_settings(strength=strength, iterations=iterations, seed=seed)
+    critic = Critic(task.critic_directory, settings, Normalization(), seed=seed, value_init=settings.value_init)
+    recipe = ppo_recipe(task, critic, settings, scorer=task.rule)
+    return _online(recipe.policy, train(recipe, settings, workdir))
+
+
+def ppo_settings(*, strength: float, iterations: int, seed: int) -> PpoSettings:
+    """Return PPO's settings at a KL weight."""
+    return PpoSettings.model_validate(
         {
             **ONLINE, "batch_size": RESPONSES_PER_ITERATION, "iterations": iterations, "minibatches": 2,
             "ppo_epochs": 2, "kl_coef": strength, "kl_target_nats": None, "value_init": "zero", "gae_lambda": 0.95,
             "value_learning_rate": 1e-3, "optimizer": constant(5e-4), "seed": seed,
         }
     )  # fmt: skip
+
+
+def ppo_recipe(task: Task, critic: Critic, settings: PpoSettings, *, scorer: ResponseScorer | None) -> PpoRecipe:
+    """Return PPO from the speaker; without a scorer the critic's reward model scores."""
     policy = task.policy(settings)
-    critic = Critic(task.critic_directory, settings, Normalization(), seed=seed, value_init=settings.value_init)
-    recipe = PpoRecipe(
+    return PpoRecipe(
         policy, Reference.of(policy), critic, task.prompts, settings=settings, layout=task.layout, chat=task.chat,
-        should_stop=lambda: False, on_text=lambda _: None, scorer=task.rule,
+        should_stop=lambda: False, on_text=lambda _: None, scorer=scorer,
     )  # fmt: skip
-    return policy, _curve(train(recipe, settings, workdir))
 
 
 def rloo(task: Task, workdir: Path, *, strength: float, iterations: int, seed: int) -> Trained:
@@ -92,16 +113,18 @@ def _group(task: Task, settings: GroupSettings, workdir: Path) -> Trained:
         settings.samples_per_prompt, should_stop=lambda: False, on_text=lambda _: None,
     )  # fmt: skip
     recipe = GroupRecipe(sampler, task.prompts, settings=settings, layout=task.layout)
-    return policy, _curve(train(recipe, settings, workdir))
+    return _online(policy, train(recipe, settings, workdir))
 
 
-def _curve(series: list[dict[str, float]]) -> Curve:
-    """Return one point an iteration: what its samples showed before they were learnt from."""
+def _online(policy: TrainedModel, series: list[dict[str, float]]) -> Trained:
+    """Take one point an iteration: what its samples showed before they were learnt from."""
     first = {row["iteration"]: row for row in reversed(series)}
-    return [
+    curve = [
         {"responses": iteration * RESPONSES_PER_ITERATION, "score": row["score"], "kl_nats": row["ref_kl_nats"]}
         for iteration, row in sorted(first.items())
     ]
+    mean_tokens = sum(row["response_tokens"] for row in first.values())
+    return Trained(policy, curve, round(mean_tokens * RESPONSES_PER_ITERATION))
 
 
 ROUNDS = 5
@@ -166,6 +189,7 @@ def _rounds(
 ) -> Trained:
     """Sample, score and learn in rounds, with as many responses as the iterations of the online methods."""
     curve: Curve = []
+    tokens = 0
     groups = iterations * RESPONSES_PER_ITERATION // ROUNDS // size
     plan = DataPlan.of(task.prompts, OfflineSettings(batch_size=groups, seed=seed))
     for number in range(ROUNDS):
@@ -178,28 +202,19 @@ def _rounds(
             SamplingSettings(max_new_tokens=MAX_NEW_TOKENS, batch_size=256), eos_id=task.chat.eos_id,
             pad_id=task.chat.pad_id, seed=derive_seed(seed, "round", number), samples_per_prompt=size,
         )  # fmt: skip
+        tokens += sum(len(one.ids) for one in drawn)
         trees = [
             group_tree(index, tree.prompt_ids, [one.ids for one in drawn[index * size : (index + 1) * size]])
             for index, tree in enumerate(prompts)
         ]
         score_R, _ = task.rule.of(trees, [one.is_finished for one in drawn])
         learn(policy, trees, score_R.view(-1, size))
-    return policy, curve
+    return Trained(policy, curve, tokens)
 
 
 def best_of_n(task: Task, *, seed: int, samples: int = 256) -> Curve:
     """Estimate best-of-n of the speaker for growing n, without bias, from samples drawn once."""
-    policy = task.policy(OfflineSettings.model_validate({**SHARED, "seed": seed}))
-    drawn = sample(
-        policy.model, [tree.prompt_ids for tree in task.prompts],
-        SamplingSettings(max_new_tokens=MAX_NEW_TOKENS, batch_size=256), eos_id=task.chat.eos_id,
-        pad_id=task.chat.pad_id, seed=seed, samples_per_prompt=samples,
-    )  # fmt: skip
-    trees = [
-        group_tree(index, tree.prompt_ids, [one.ids for one in drawn[index * samples : (index + 1) * samples]])
-        for index, tree in enumerate(task.prompts)
-    ]
-    rows = task.rule.of(trees, [one.is_finished for one in drawn])[0].view(-1, samples).tolist()
+    rows = draw(task, task.speaker(), samples=samples, seed=seed).scores.view(-1, samples).tolist()
     sizes = [2**power for power in range(samples.bit_length())]
     return [
         {"n": n, "score": sum(expected_best(row, n=n) for row in rows) / len(rows), "kl_nats": kl_nats(n)}
@@ -212,10 +227,21 @@ METHODS: dict[str, Callable[..., Trained]] = {
 }  # fmt: skip
 
 
-def run(name: str, task: Task, workdir: Path, *, strength: float, iterations: int, seed: int) -> tuple[Measured, Curve]:
+@dataclass(frozen=True)
+class Run:
+    """One training, measured at its end on fresh samples."""
+
+    trained: Trained
+    shown: Measured
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"curve": self.trained.curve, "tokens": self.trained.tokens, **asdict(self.shown)}
+
+
+def run(name: str, task: Task, workdir: Path, *, strength: float, iterations: int, seed: int) -> Run:
     """Train by one method and measure what it came to."""
-    policy, curve = METHODS[name](task, workdir, strength=strength, iterations=iterations, seed=seed)
-    found = measure(task, policy, samples=SAMPLES_MEASURED, seed=derive_seed(seed, "measure"))
-    responses = iterations * RESPONSES_PER_ITERATION
-    last = {"responses": responses, "score": found.score, "kl_nats": found.kl_nats}
-    return found, [*curve, last]
+    trained = METHODS[name](task, workdir, strength=strength, iterations=iterations, seed=seed)
+    shown = measure(task, trained.policy, samples=SAMPLES_MEASURED, seed=derive_seed(seed, "measure"))
+    last = {"responses": iterations * RESPONSES_PER_ITERATION, "score": shown.score, "kl_nats": shown.kl_nats}
+    return Run(Trained(trained.policy, [*trained.curve, last], trained.tokens), shown)

@@ -7,7 +7,7 @@ prior as any SFT model is. The rule wants three given words, twelve words in all
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import init_head, load_scalar_model
@@ -47,6 +47,8 @@ TEMPLATE = (
     "{{ ' ' if message['role'] == 'user' else '<end>' }}{% endfor %}{% if add_generation_prompt %}<reply> {% endif %}"
 )
 MAX_NEW_TOKENS = 24
+RESPONSES_PER_TREE = 16
+"""Samples of a prompt that are measured in one tree: attention's cost grows with the square of its tokens."""
 BEST_SCORE = 1.0
 RULES: Mapping[str, RewardSource] = {
     "words": Words(words=("silver", "river", "sings")),
@@ -108,9 +110,18 @@ class NoCheckpoints:
         raise AssertionError(f"no checkpoint of step {step} was ever kept")
 
 
-def train(recipe: Recipe, settings: TrainingSettings, workdir: Path) -> list[dict[str, float]]:
-    """Run the real loop over a recipe; return its figures."""
-    hooks = LoopHooks(on_step=lambda *_: None, on_progress=lambda *_: None, should_stop=lambda: False)
+def train(
+    recipe: Recipe, settings: TrainingSettings, workdir: Path, *, on_step: Callable[[int], None] = lambda _: None
+) -> list[dict[str, float]]:
+    """Run the real loop over a recipe; return its figures.
+
+    Args:
+        recipe: What is trained.
+        settings: Its settings.
+        workdir: For files of the loop.
+        on_step: Called with each step, counted from 0, once it is made.
+    """
+    hooks = LoopHooks(on_step=lambda step, _: on_step(step), on_progress=lambda *_: None, should_stop=lambda: False)
     loop = TrainingLoop(
         recipe, settings, workdir=workdir, checkpoints=NoCheckpoints(), checkpoint_every_s=1e9, hooks=hooks
     )
@@ -165,6 +176,11 @@ class Task:
         model = load_causal_model(self.directory, dtype=torch.float32)
         return prepare(model, self.directory, settings, seed=settings.seed)
 
+    def speaker(self) -> PreTrainedModel:
+        """Load the speaker as it was before any training on the rule."""
+        model: PreTrainedModel = load_causal_model(self.directory, dtype=torch.float32)
+        return model
+
 
 def make_task(folder: Path, *, seed: int) -> Task:
     """Train a speaker of the toy language and write it as a model folder.
@@ -203,6 +219,50 @@ def make_task(folder: Path, *, seed: int) -> Task:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Fresh samples of every prompt, as many of each, prompt by prompt."""
+
+    trees: tuple[Tree, ...]
+    scores: Tensor
+    """One a response, `(R,)`."""
+    parts: dict[str, float]
+    """Mean of each rule."""
+
+    def logps(self, model: PreTrainedModel, task: Task) -> Tensor:
+        """Return the log-probability of every response, `(R,)`, float64, nats."""
+        found = response_logps(model, self.trees, task.layout)
+        return torch.tensor([logp for tree in self.trees for logp in found[tree.record_id]], dtype=torch.float64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all responses."""
+        return sum(len(ids) for tree in self.trees for ids in tree.response_ids)
+
+
+def draw(task: Task, model: PreTrainedModel, *, samples: int, seed: int) -> Drawn:
+    """Sample at temperature 1 and score.
+
+    Args:
+        task: The task.
+        model: What speaks.
+        samples: Samples of each prompt.
+        seed: Of the samples.
+    """
+    settings = SamplingSettings(max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
+    drawn = sample(
+        model, [tree.prompt_ids for tree in task.prompts], settings, eos_id=task.chat.eos_id,
+        pad_id=task.chat.pad_id, seed=seed, samples_per_prompt=samples,
+    )  # fmt: skip
+    trees: list[Tree] = []
+    for place, tree in enumerate(task.prompts):
+        own = [one.ids for one in drawn[place * samples : (place + 1) * samples]]
+        for start in range(0, samples, RESPONSES_PER_TREE):
+            trees.append(group_tree(len(trees), tree.prompt_ids, own[start : start + RESPONSES_PER_TREE]))
+    score_R, parts = task.rule.of(trees, [one.is_finished for one in drawn])
+    return Drawn(tuple(trees), score_R, parts)
+
+
+@dataclass(frozen=True)
 class Measured:
     """What fresh samples of a policy show."""
 
@@ -225,23 +285,10 @@ def measure(task: Task, policy: TrainedModel, *, samples: int, seed: int) -> Mea
         samples: Samples of each prompt.
         seed: Of the samples.
     """
-    settings = SamplingSettings(max_new_tokens=MAX_NEW_TOKENS, batch_size=256)
-    drawn = sample(
-        policy.model, [tree.prompt_ids for tree in task.prompts], settings, eos_id=task.chat.eos_id,
-        pad_id=task.chat.pad_id, seed=seed, samples_per_prompt=samples,
-    )  # fmt: skip
-    trees = [
-        group_tree(index, tree.prompt_ids, [one.ids for one in drawn[index * samples : (index + 1) * samples]])
-        for index, tree in enumerate(task.prompts)
-    ]
-    score_R, parts = task.rule.of(trees, [one.is_finished for one in drawn])
-    start = load_causal_model(task.directory, dtype=torch.float32)
-    own, ref = (response_logps(model, trees, task.layout) for model in (policy.model, start))
-    kl_R = torch.tensor(
-        [a - b for tree in trees for a, b in zip(own[tree.record_id], ref[tree.record_id], strict=True)]
-    )
-    count = len(drawn)
+    drawn = draw(task, policy.model, samples=samples, seed=seed)
+    kl_R = drawn.logps(policy.model, task) - drawn.logps(task.speaker(), task)
+    count = len(kl_R)
     return Measured(
-        float(score_R.mean()), float(score_R.std()) / count**0.5, parts,
-        float(kl_R.mean()), float(kl_R.std()) / count**0.5, sum(len(one.ids) for one in drawn) / count,
+        float(drawn.scores.mean()), float(drawn.scores.std()) / count**0.5, drawn.parts,
+        float(kl_R.mean()), float(kl_R.std()) / count**0.5, drawn.num_tokens / count,
     )  # fmt: skip
