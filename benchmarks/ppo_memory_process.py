@@ -36,10 +36,10 @@ def main() -> None:
 
 
 def sft(plan: PpoPlan, found: Prepared) -> Told:
-    """SFT with LoRA on as many rows a step as PPO has responses."""
+    """SFT with LoRA: as many steps as PPO makes, on as many rows as it has responses."""
     preset, ours = plan.preset, settings_of(plan.preset)
     settings = OfflineSettings(
-        batch_size=preset.batch_size, max_steps=preset.iterations, tokens_per_batch=preset.tokens_per_batch,
+        batch_size=preset.batch_size, epochs=preset.ppo_epochs, tokens_per_batch=preset.tokens_per_batch,
         adapter=lora(preset), precision=ours.precision, optimizer=ours.optimizer, seed=preset.seed,
     )  # fmt: skip
     chat = ChatTokenizer.load(found.model)

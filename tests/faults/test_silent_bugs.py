@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def test_02_the_base_model_is_not_taken_for_the_reference(
         World.at(tmp_path / "dpo").loop(recipe, settings()).run()
 
     ppo = ppo_recipe(tmp_path / "sft", reward_directory, ppo_settings(), world=world)
-    ppo.reference = Reference(ppo.policy, load_causal_model(directory, dtype=torch.float32))
+    base = Reference(ppo.policy, load_causal_model(directory, dtype=torch.float32))
+    ppo.collector = replace(ppo.collector, reference=base)
     with pytest.raises(DivergedError, match="policy and reference differ"):
         World.at(tmp_path / "ppo").loop(ppo, ppo_settings()).run()
 
