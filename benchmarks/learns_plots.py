@@ -74,6 +74,8 @@ DRAWN: dict[str, Callable[[dict[str, Any], Path], None]] = {
 
 
 def _draw_best(axes: Axes, best: Sequence[dict[str, float]], runs: Sequence[dict[str, Any]]) -> None:
+    if not best:
+        return  # a run that was cut has none
     furthest = 1.05 * max(run["kl_nats"] for run in runs)
     shown = [row for row in best if row["kl_nats"] <= furthest]
     axes.plot(

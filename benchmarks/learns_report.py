@@ -64,24 +64,20 @@ def _learn_part(found: Found, plot: str) -> str:
 def _frontier_part(found: Found, plot: str) -> str:
     lines = [
         f"**Every method.** Score against KL after {found['responses']} generated responses, from strong to weak pull "
-        "towards the start (one seed; intervals are over samples). Faint lines: the way there. Best-of-n costs n "
-        "responses for each answer, and its KL is the formula's, log n − (n − 1)/n. The black line is "
-        "π_ref exp(score/t)/Z for falling t, above which no policy can be: its sums are estimated by importance "
-        "weights on samples of the start and of the PPO runs. "
-        f"{_time(found)}",
+        "towards the start (one seed; intervals are over samples). Best-of-n costs n responses for each answer, "
+        f"and its KL is the formula's, log n − (n − 1)/n. {_best_possible(found)}{_time(found)}",
         "",
         plot,
         "",
-        "| method | strength | score | KL (nats) | tokens a response | tokens generated |",
-        "|---|---|---|---|---|---|",
+        "| method | strength | score | KL (nats) | tokens a response |",
+        "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {LABELS[run['method']]} | {run['strength']:g} | {_score(run)} | {_kl(run)} | "
-        f"{run['response_tokens']:.1f} | {run['tokens']} |"
+        f"| {LABELS[run['method']]} | {run['strength']:g} | {_score(run)} | {_kl(run)} | {run['response_tokens']:.1f} |"
         for run in found["runs"]
     ]
     lines += [
-        f"| best of {row['n']} | | {row['score']:.3f} | {row['kl_nats']:.2f} | | |"
+        f"| best of {row['n']} | | {row['score']:.3f} | {row['kl_nats']:.2f} | |"
         for row in found["best_of_n"]
         if row["n"] > 1
     ]
@@ -89,12 +85,18 @@ def _frontier_part(found: Found, plot: str) -> str:
 
 
 def _controlled_part(found: Found, plot: str) -> str:
+    of_pairs, learnt = "", ""
+    if "pairs" in found:
+        of_pairs = f"{found['pairs']} pairs of "
+        learnt = (
+            f", or on a reward model of the pairs (it orders {found['test_accuracy_frac']:.0%} of fresh ones as the "
+            "rule does)"
+        )
     lines = [
-        f"**DPO and PPO where the truth is known.** The rule labels {found['pairs']} pairs out of "
-        f"{found['responses']} samples of the start. DPO trains on them; PPO trains on a reward model of the same "
-        f"pairs (it orders {found['test_accuracy_frac']:.0%} of fresh pairs as the rule does), or on the rule itself, "
-        f"and generates {found['responses']} responses of its own. Score is the rule's, on fresh samples. "
-        f"{_time(found)}",
+        f"**DPO and PPO where the truth is known.** The rule labels {of_pairs}{found['responses']} samples of the "
+        f"start, two by two, and DPO trains on them; PPO trains on the rule itself{learnt} and generates "
+        f"{found['responses']} responses of its own. Score is the rule's, on fresh samples. "
+        f"{_best_possible(found)}{_time(found)}",
         "",
         plot,
         "",
@@ -121,5 +123,16 @@ def _kl(run: Found) -> str:
     return f"{run['kl_nats']:.2f} ± {1.96 * run['kl_error']:.2f}"
 
 
+def _best_possible(found: Found) -> str:
+    if not found["best_possible"]:
+        return ""
+    return (
+        "Faint lines: the way there. The black line is π_ref exp(score/t)/Z for falling t, above which no policy can "
+        "be; its sums are estimated by importance weights on samples of the start and of the PPO runs. "
+    )
+
+
 def _time(found: Found) -> str:
+    if "seconds" not in found:
+        return "The run was cut before its end: what had finished is shown."
     return f"{found['seconds'] / 60:.0f} minutes, {found['cpu_seconds'] / 60:.1f} of them on the one core it uses."

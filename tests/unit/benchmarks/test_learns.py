@@ -112,6 +112,7 @@ def test_every_part_is_drawn_and_told_on_the_page(tmp_path: Path) -> None:
                        "best_possible": best, **spent},
     }  # fmt: skip
     assert found.keys() == DRAWN.keys()
+    DRAWN["controlled"]({"runs": [run("dpo", curve=[])], "best_possible": []}, tmp_path / "cut.svg")
     for name, content in found.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         DRAWN[name](content, tmp_path / f"{name}.svg")
@@ -126,5 +127,5 @@ def test_every_part_is_drawn_and_told_on_the_page(tmp_path: Path) -> None:
     assert "1 of 2 runs reach it" in text
     assert "| PPO | 0 | 0.900 ± 0.020 | 0.90 | 1.00 | 0.80 | 3.00 ± 0.20 | 1 |" in text
     assert text.count("2 minutes, 1.0 of them on the one core") == 3
-    assert "| best of 2 | | 0.600 | 0.19 | | |" in text
+    assert "| best of 2 | | 0.600 | 0.19 | |" in text
     assert [f"![{name}]({name}.svg)" in text for name in DRAWN] == [True] * 3
