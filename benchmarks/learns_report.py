@@ -26,8 +26,9 @@ def write_section(results: Path, page: Path) -> str:
     parts = []
     for name, part in _PARTS.items():
         if (results / f"{name}.json").exists():
-            place = os.path.relpath(results / f"{name}.svg", page.parent)
-            parts.append(part(json.loads((results / f"{name}.json").read_bytes()), f"![{name}]({place})"))
+            drawn = results / f"{name}.svg"
+            plot = f"![{name}]({os.path.relpath(drawn, page.parent)})" if drawn.exists() else "(Not drawn.)"
+            parts.append(part(json.loads((results / f"{name}.json").read_bytes()), plot))
     generated = "\n\n".join(parts)
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
