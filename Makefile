@@ -31,7 +31,7 @@ demo: setup ## Run the whole pipeline (PRESET=smoke: a tiny random model, a minu
 	$(BIN)/prefline run configs/$(PRESET).yaml
 
 test: setup ## Run the whole test suite, a process a core
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: setup ## Format, lint, types, layers: what must hold before a commit
 	$(BIN)/ruff format --check .
