@@ -148,10 +148,14 @@ def raft(task: Task, workdir: Path, *, strength: float, iterations: int, seed: i
 
 
 def iterated_dpo(task: Task, workdir: Path, *, strength: float, iterations: int, seed: int) -> Trained:
-    """Train by iterated DPO: each round on the best and worst of four samples, from itself; the strength is beta."""
+    """Train by iterated DPO: each round on the best and worst of four samples, from itself; the strength is beta.
+
+    Small steps and many of them: Adam's step hardly knows the size of the gradient, so at the online methods' rate a
+    few large batches a round go far from the start and learn little.
+    """
     settings = OfflineSettings.model_validate(
-        {**SHARED, "batch_size": 32, "max_response_tokens": MAX_NEW_TOKENS, "epochs": 2, "seed": seed,
-         "optimizer": constant(2e-4)}
+        {**SHARED, "batch_size": 4, "max_response_tokens": MAX_NEW_TOKENS, "epochs": 3, "seed": seed,
+         "optimizer": OptimizerSettings(learning_rate=1e-4, schedule="linear", warmup_frac=0.1)}
     )  # fmt: skip
     objective = PREFERENCE_LOSSES.build({"name": "dpo", "beta": strength})
 
