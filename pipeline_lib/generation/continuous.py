@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline_lib.generation.batched import BatchedGenerator
 from pipeline_lib.generation.contract import Generator, Policy
 from pipeline_lib.validation import Frozen
 
@@ -22,12 +23,8 @@ class Continuous(Frozen):
 
 
 @dataclass
-class ContinuousGenerator:
-    """Samples from a model of this process, slot by slot."""
-
-    policy: Policy
-    eos_id: int
-    pad_id: int
+class ContinuousGenerator(BatchedGenerator):
+    """Samples from a model of this process, slot by slot; where it takes no slots, batch by batch."""
 
     def generate(
         self,
@@ -41,23 +38,17 @@ class ContinuousGenerator:
         """Sample; see `Generator`. `settings.batch_size` is the number of slots."""
         from pipeline_lib.generation.slot_run import SlotRun  # noqa: PLC0415  (torch)
         from pipeline_lib.generation.slot_trial import takes_slots  # noqa: PLC0415  (torch)
-        from pipeline_lib.models.sampling import sample  # noqa: PLC0415  (torch)
 
         if not prompts:
             return []
         model = self.policy.load()
         longest = max(map(len, prompts)) + settings.max_new_tokens
         if not takes_slots(model, longest=longest):
-            return sample(
-                model, prompts, settings, eos_id=self.eos_id, pad_id=self.pad_id, seed=seed,
-                samples_per_prompt=samples_per_prompt, on_batch=on_batch,
-            )  # fmt: skip
+            return super().generate(
+                prompts, settings, seed=seed, samples_per_prompt=samples_per_prompt, on_batch=on_batch
+            )
         run = SlotRun(
             model, prompts, settings, eos_id=self.eos_id, pad_id=self.pad_id, seed=seed,
             samples_per_prompt=samples_per_prompt, on_batch=on_batch,
         )  # fmt: skip
         return run.samples()
-
-    def update(self, policy: Policy) -> None:
-        """Take a policy: its model is the one that is trained, so there is nothing to hand over."""
-        self.policy = policy

@@ -6,6 +6,7 @@ score stands behind `ResponseScorer`; by default it is the reward model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -338,3 +339,14 @@ def _trees(prompts: Sequence[Tree], responses: Sequence[Sequence[int]]) -> list[
         rollout_tree(index, list(tree.prompt_ids), list(ids))
         for index, (tree, ids) in enumerate(zip(prompts, responses, strict=True))
     ]
+
+
+def sample_line(chat: ChatTokenizer, tree: Tree, *, iteration: int, score: float) -> str:
+    """Return a tree's first response as a line of `samples.jsonl`."""
+    row = {
+        "iteration": iteration,
+        "prompt": chat.decode(list(tree.prompt_ids)),
+        "response": chat.decode(list(tree.response_ids[0])),
+        "score": score,
+    }
+    return json.dumps(row, ensure_ascii=False, sort_keys=True)

@@ -8,7 +8,7 @@ the gradient that one process would have had, whatever their number.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +66,12 @@ class ProcessGroup:
         for one in everyones:
             add_figures(totals, one)
         return totals
+
+    def once(self, make: Callable[[], ItemT]) -> ItemT:
+        """Return, in every process, what the first one alone makes."""
+        made = self.from_first(make() if self.is_first else None)
+        assert made is not None
+        return made
 
     def from_first(self, value: ItemT) -> ItemT:
         """Return what the first process gave, in every process."""

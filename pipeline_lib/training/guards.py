@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline_lib.errors import DataError, DivergedError
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.recipe import ParameterGroup
 
+START_TOLERANCE_NATS_PER_TOKEN = 1e-5
+"""How far a policy that samples may be from its reference before the first update."""
 _FINITE_ADVICE = "lower the learning rate, or train with `precision: fp32`; look at the rows named above"
 
 
@@ -89,3 +91,42 @@ def require_finite_weights(parameters: Iterable[tuple[str, nn.Parameter]]) -> No
     for name, parameter in parameters:
         if not bool(torch.isfinite(parameter).all()):
             raise DivergedError(f"the weights of {name} are not finite", next_step=_FINITE_ADVICE)
+
+
+def require_start_at_reference(logp_N: Tensor, ref_logp_N: Tensor, *, step: int) -> None:
+    """Stop where the first rollouts show a KL: the policy must start as its reference.
+
+    Args:
+        logp_N: Log-probabilities of the sampled tokens by the policy, nats.
+        ref_logp_N: The same by the reference.
+        step: Which step begins.
+
+    Raises:
+        DivergedError: They differ.
+    """
+    apart = float((logp_N - ref_logp_N).abs().mean())
+    if apart > START_TOLERANCE_NATS_PER_TOKEN:
+        raise DivergedError(
+            f"at step {step} policy and reference differ by {apart:.2e} nats a token; they must be one model",
+            next_step="the reference must be the model that the policy starts from: report this as a bug",
+        )
+
+
+def require_kl_within(kl_nats: float, *, limit_nats: float, iteration: int, next_step: str) -> None:
+    """Stop where the policy ran away from its reference.
+
+    Args:
+        kl_nats: Mean KL of an iteration's responses.
+        limit_nats: `max_kl_nats`.
+        iteration: Counted from 0.
+        next_step: What to turn.
+
+    Raises:
+        DivergedError: The KL is above the limit.
+    """
+    if kl_nats > limit_nats:
+        raise DivergedError(
+            f"KL explosion in iteration {iteration + 1}: {kl_nats:.1f} nats a response from the reference, "
+            f"the limit is {limit_nats:.1f}",
+            next_step=next_step,
+        )

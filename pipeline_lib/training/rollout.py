@@ -5,6 +5,7 @@ Legend: N response tokens of all rollouts, flat in rollout order; R rollouts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,3 +98,8 @@ class Rollouts:
 def rollout_tree(index: int, prompt_ids: list[int], response_ids: list[int]) -> Tree:
     """Return a rollout as a tree of one response; nothing of the prompt counts."""
     return Tree(str(index), tuple(prompt_ids), (tuple(response_ids),), (False,) * len(prompt_ids))
+
+
+def gather_rows(rows: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+    """Return the numbers of some rollouts behind one another, in the order of `members`."""
+    return torch.cat([rows[index] for index in members])

@@ -18,9 +18,9 @@ from pipeline_lib.generation import GENERATORS, open_generator
 from pipeline_lib.generation.contract import Generator, GeneratorSettings, Policy
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.sampling import SamplingSettings
-from pipeline_lib.models.tiny import write_tiny_model
-from tests.toy import byte_ids, sharpen
+from tests.toy import byte_ids
 from tests.unit.generation.fake_vllm import install
+from tests.unit.generation.tiny_models import write_sharp_model
 
 every_generator = pytest.mark.parametrize("name", list(GENERATORS))
 
@@ -31,12 +31,7 @@ CHOSEN = SamplingSettings(max_new_tokens=6, batch_size=3)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=3)
-    model = load_causal_model(folder, dtype=torch.float32)
-    sharpen(model, 6.0)
-    model.save_pretrained(folder)
-    return folder
+    return write_sharp_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

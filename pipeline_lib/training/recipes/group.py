@@ -26,19 +26,19 @@ from pipeline_lib.rl.kl import Estimator, kl_estimate
 from pipeline_lib.rl.rewards import apply_missing_eos
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.collection import RemembersScores
+from pipeline_lib.training.collection import RemembersScores, sample_line
 from pipeline_lib.training.forward import training_forward
 from pipeline_lib.training.group import ProcessGroup
 from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
+from pipeline_lib.training.guards import require_kl_within, require_start_at_reference
 from pipeline_lib.training.iteration_figures import text_figures
 from pipeline_lib.training.plan import DataPlan, permutation
 from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss
+from pipeline_lib.training.rollout import gather_rows
 from pipeline_lib.training.sampling_rollouts import GroupRollouts, GroupSampler
 
 SAMPLES_KEPT = 3
 """Prompts of each iteration whose first sample is kept for the report."""
-START_TOLERANCE_NATS_PER_TOKEN = 1e-5
-"""How far the KL may be from 0 before the first update."""
 RATIO_TOLERANCE_NATS_PER_TOKEN = {torch.float32: 1e-4, torch.float64: 1e-6}
 """How far the ratio may be from 1 before the first update: batches of the update are laid out anew."""
 RATIO_TOLERANCE_OF_HALF_PRECISION = 0.05
@@ -85,7 +85,7 @@ class GroupRecipe:
         # A stop between sampling and the update leaves a checkpoint with the new rollouts in it.
         if place == 0 and self.iteration_figures.get("iteration") != iteration:
             started_s = time.monotonic()
-            self._take(self._collect_once(iteration))
+            self._take(ProcessGroup().once(lambda: self._collect(iteration)))
             self._tell_speed(step, "rollout_tokens_per_s", since_s=started_s, passes=1)
             self._finish_iteration(iteration)
         if place == 0:
@@ -115,8 +115,8 @@ class GroupRecipe:
         rollouts = self._current()
         members = [int(tree.record_id) for tree in batch.trees]
         device = batch.label_N.device
-        old_N = _gather(rollouts.by_tree(rollouts.logp_N), members).to(device)
-        ref_N = _gather(rollouts.by_tree(rollouts.ref_logp_N), members).to(device)
+        old_N = gather_rows(rollouts.by_tree(rollouts.logp_N), members).to(device)
+        ref_N = gather_rows(rollouts.by_tree(rollouts.ref_logp_N), members).to(device)
         advantage_R = self._advantage_GK[members].flatten().to(device)
         new_N = token_logps(self.policy.model, batch, temperature=self.settings.temperature).token_logp_N
         kl_N = kl_estimate(new_N, ref_N, estimator="k3")
@@ -183,12 +183,8 @@ class GroupRecipe:
                 "the ratio must be 1 before the first update",
                 next_step="report this as a bug: sampled and trained log-probabilities are not of one network",
             )
-        apart = float((rollouts.logp_N - rollouts.ref_logp_N).abs().mean())
-        if self.policy.starts_as_reference and apart > START_TOLERANCE_NATS_PER_TOKEN:
-            raise DivergedError(
-                f"at step {step} policy and reference differ by {apart:.2e} nats a token; they must be one model",
-                next_step="the reference must be the model that the policy starts from: report this as a bug",
-            )
+        if self.policy.starts_as_reference:
+            require_start_at_reference(rollouts.logp_N, rollouts.ref_logp_N, step=step)
 
     def state(self) -> RecipeState:
         """Return rollouts, the iteration's figures, the kept samples and what the scorer remembers."""
@@ -238,17 +234,10 @@ class GroupRecipe:
         assert self.rollouts is not None, "an iteration begins with rollouts"
         return self.rollouts
 
-    def _collect_once(self, iteration: int) -> GroupRollouts:
-        """Sample in the first process and hand the same rollouts to all."""
-        group = ProcessGroup()
-        rollouts = None
-        if group.is_first:
-            seed = derive_seed(self.settings.seed, "rollout", iteration)
-            where = f"iteration {iteration + 1}/{self.settings.iterations}"
-            rollouts = self.sampler.collect(self.plan.full_batch(iteration), seed=seed, where=where)
-        shared = group.from_first(rollouts)
-        assert shared is not None
-        return shared
+    def _collect(self, iteration: int) -> GroupRollouts:
+        seed = derive_seed(self.settings.seed, "rollout", iteration)
+        where = f"iteration {iteration + 1}/{self.settings.iterations}"
+        return self.sampler.collect(self.plan.full_batch(iteration), seed=seed, where=where)
 
     def _finish_iteration(self, iteration: int) -> None:
         """Measure the rollouts, and guard against KL explosion."""
@@ -279,23 +268,14 @@ class GroupRecipe:
         if rollouts.mismatch_nats is not None:
             self.iteration_figures["rollout/mismatch_nats"] = float(rollouts.mismatch_nats)
         self._keep_samples(iteration, rollouts)
-        if kl_nats > self.settings.max_kl_nats:
-            raise DivergedError(
-                f"KL explosion in iteration {iteration + 1}: {kl_nats:.1f} nats a response from the reference, "
-                f"the limit is {self.settings.max_kl_nats:.1f}",
-                next_step="raise beta, or lower optimizer.learning_rate or mu",
-            )
+        require_kl_within(
+            kl_nats, limit_nats=self.settings.max_kl_nats, iteration=iteration,
+            next_step="raise beta, or lower optimizer.learning_rate or mu",
+        )  # fmt: skip
 
     def _keep_samples(self, iteration: int, rollouts: GroupRollouts) -> None:
-        chat = self.sampler.chat
         for tree, scores_K in list(zip(rollouts.trees, rollouts.groups(rollouts.score_R), strict=True))[:SAMPLES_KEPT]:
-            row = {
-                "iteration": iteration,
-                "prompt": chat.decode(list(tree.prompt_ids)),
-                "response": chat.decode(list(tree.response_ids[0])),
-                "score": float(scores_K[0]),
-            }
-            self.samples.append(json.dumps(row, ensure_ascii=False, sort_keys=True))
+            self.samples.append(sample_line(self.sampler.chat, tree, iteration=iteration, score=float(scores_K[0])))
 
 
 def _kl_R(rollouts: GroupRollouts) -> Tensor:
@@ -307,7 +287,3 @@ def _kl_nats(rollouts: GroupRollouts, estimator: Estimator) -> float:
     """Return the mean KL of a response by an estimator, nats."""
     kl_N = kl_estimate(rollouts.logp_N, rollouts.ref_logp_N, estimator=estimator)
     return float(kl_N.sum()) / len(rollouts.lengths_R)
-
-
-def _gather(rows: list[Tensor], members: list[int]) -> Tensor:
-    return torch.cat([rows[index] for index in members])

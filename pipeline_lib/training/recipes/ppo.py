@@ -16,7 +16,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline_lib.errors import DivergedError
 from pipeline_lib.losses.policy import clipped_policy_loss, clipped_value_loss
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.scoring import Layout
@@ -28,23 +27,22 @@ from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.breaker import CircuitBreaker
-from pipeline_lib.training.collection import Collector, RemembersScores, ResponseScorer, require_prompts
+from pipeline_lib.training.collection import Collector, RemembersScores, ResponseScorer, require_prompts, sample_line
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.forward import training_forward
 from pipeline_lib.training.group import ProcessGroup
+from pipeline_lib.training.guards import require_kl_within, require_start_at_reference
 from pipeline_lib.training.iteration_figures import iteration_figures
 from pipeline_lib.training.plan import DataPlan, permutation
 from pipeline_lib.training.pretraining import PretrainingRows, is_pretraining
 from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.rollout import Rollouts
+from pipeline_lib.training.rollout import Rollouts, gather_rows
 from pipeline_lib.training.settings import PpoSettings
 from pipeline_lib.training.trained_model import TrainedModel
 
 SAMPLES_KEPT = 10
 """Rollouts of each iteration whose texts are kept for the report."""
-START_TOLERANCE_NATS_PER_TOKEN = 1e-5
-"""How far the KL may be from 0 before the first update."""
 VALUE = "value:"
 """Prefix of the record id of a rollout in a forward of the value function."""
 BREAKER = "breaker/"
@@ -171,7 +169,7 @@ class PpoRecipe:
     def _policy_loss(self, batch: TreeBatch, num_tokens: int) -> StepLoss:
         rollouts, members, settings = self._current(), _members(batch), self.settings
         device = batch.label_N.device
-        old_logp_N = _gather(rollouts.rows(rollouts.logp_N), members).to(device)
+        old_logp_N = gather_rows(rollouts.rows(rollouts.logp_N), members).to(device)
         advantage_N = torch.cat([self._advantages[index] for index in members]).to(device)
         new = token_logps(self.policy.model, batch, temperature=settings.temperature)
         counts_N = torch.ones_like(old_logp_N, dtype=torch.bool)
@@ -190,7 +188,7 @@ class PpoRecipe:
     def _value_loss(self, batch: TreeBatch, num_tokens: int) -> StepLoss:
         rollouts, members, settings = self._current(), _members(batch), self.settings
         device = batch.label_N.device
-        old_value_N = _gather(rollouts.rows(rollouts.value_N), members).to(device)
+        old_value_N = gather_rows(rollouts.rows(rollouts.value_N), members).to(device)
         return_N = torch.cat([self._returns[index] for index in members]).to(device)
         counts_N = torch.ones_like(old_value_N, dtype=torch.bool)
         value = clipped_value_loss(
@@ -228,12 +226,7 @@ class PpoRecipe:
         if not self.policy.starts_as_reference:
             return
         rollouts = self._current()
-        apart = float((rollouts.logp_N - rollouts.ref_logp_N).abs().mean())
-        if apart > START_TOLERANCE_NATS_PER_TOKEN:
-            raise DivergedError(
-                f"at step {step} policy and reference differ by {apart:.2e} nats a token; they must be one model",
-                next_step="the reference must be the model that the policy starts from: report this as a bug",
-            )
+        require_start_at_reference(rollouts.logp_N, rollouts.ref_logp_N, step=step)
 
     def state(self) -> RecipeState:
         """Return rollouts, the KL weight, the kept samples and the circuit breaker's state."""
@@ -269,21 +262,13 @@ class PpoRecipe:
         assert self.rollouts is not None, "an iteration begins with rollouts"
         return self.rollouts
 
-    def _collect_once(self, iteration: int) -> Rollouts:
-        """Sample in the first process and hand the same rollouts to all."""
-        group = ProcessGroup()
-        rollouts = self._collect(iteration) if group.is_first else None
-        shared = group.from_first(rollouts)
-        assert shared is not None
-        return shared
-
     def _collect(self, iteration: int) -> Rollouts:
         return self.collector.collect(self.plan.full_batch(iteration), iteration)
 
     def _timed(self, step: int, iteration: int) -> Rollouts:
         """Collect, and tell how fast."""
         started_s = time.monotonic()
-        rollouts = self._collect_once(iteration)
+        rollouts = ProcessGroup().once(lambda: self._collect(iteration))
         if self.on_speed is not None:
             elapsed_s = time.monotonic() - started_s
             self.on_speed(step, {"rollout_tokens_per_s": sum(rollouts.lengths_R) / max(elapsed_s, 1e-9)})
@@ -342,24 +327,16 @@ class PpoRecipe:
         kl_nats = figures["ref_kl_nats"]
         self.iteration_figures = figures
         self._keep_samples(iteration, rollouts)
-        if kl_nats > self.settings.max_kl_nats:
-            raise DivergedError(
-                f"KL explosion in iteration {iteration + 1}: {kl_nats:.1f} nats a response from the reference, "
-                f"the limit is {self.settings.max_kl_nats:.1f}",
-                next_step="raise kl_coef, or lower optimizer.learning_rate or ppo_epochs",
-            )
+        require_kl_within(
+            kl_nats, limit_nats=self.settings.max_kl_nats, iteration=iteration,
+            next_step="raise kl_coef, or lower optimizer.learning_rate or ppo_epochs",
+        )  # fmt: skip
         self.controller = self.controller.update(kl_nats, num_steps=len(rollouts.trees))
         return True
 
     def _keep_samples(self, iteration: int, rollouts: Rollouts) -> None:
         for tree, score in list(zip(rollouts.trees, rollouts.score_R.tolist(), strict=True))[:SAMPLES_KEPT]:
-            row = {
-                "iteration": iteration,
-                "prompt": self.chat.decode(list(tree.prompt_ids)),
-                "response": self.chat.decode(list(tree.response_ids[0])),
-                "score": score,
-            }
-            self.samples.append(json.dumps(row, ensure_ascii=False, sort_keys=True))
+            self.samples.append(sample_line(self.chat, tree, iteration=iteration, score=score))
 
 
 def is_valued(batch: TreeBatch) -> bool:
@@ -377,7 +354,3 @@ def _kind(batch: TreeBatch) -> Callable[[PpoRecipe, TreeBatch, int], StepLoss]:
 def _members(batch: TreeBatch) -> list[int]:
     """Return the places of a forward's rollouts among those of the iteration."""
     return [int(tree.record_id.removeprefix(VALUE)) for tree in batch.trees]
-
-
-def _gather(rows: list[Tensor], members: list[int]) -> Tensor:
-    return torch.cat([rows[index] for index in members])

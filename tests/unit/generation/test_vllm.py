@@ -21,11 +21,11 @@ from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.sampling import Sample, SamplingSettings, sample
 from pipeline_lib.models.settings import Ia3Settings, LoraSettings, PrefixSettings
-from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.training.generating import mismatch_nats, policy_for
 from pipeline_lib.training.trained_model import TrainedModel, prepare
 from tests.toy import LORA, byte_ids, settings, sharpen
 from tests.unit.generation.fake_vllm import Package, Reply, Server, TinyEngine, install, serving
+from tests.unit.generation.tiny_models import write_sharp_model
 
 PAD, END = 0, 2
 PROMPTS = [byte_ids(text) for text in ("a", "what is it?", "and then", "b")]
@@ -34,12 +34,7 @@ CHOSEN = SamplingSettings(max_new_tokens=6, batch_size=3)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=3)
-    model = load_causal_model(folder, dtype=torch.float32)
-    sharpen(model, 6.0)
-    model.save_pretrained(folder)
-    return folder
+    return write_sharp_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pipeline_lib.models.base import load_causal_model
+from pipeline_lib.models.tiny import write_tiny_model
 from tests.toy import sharpen
 
 VOCABULARY = 259
@@ -53,3 +56,12 @@ def tiny(kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 4) -> Pre
         model: PreTrainedModel = makers[kind]().to(dtype)
     sharpen(model, 6.0 if kind != "gemma" else 3.0)
     return model.eval()
+
+
+def write_sharp_model(folder: Path) -> Path:
+    """Write a tiny model that is uneven enough to sample from; returns its folder."""
+    write_tiny_model(folder, seed=3)
+    model = load_causal_model(folder, dtype=torch.float32)
+    sharpen(model, 6.0)
+    model.save_pretrained(folder)
+    return folder

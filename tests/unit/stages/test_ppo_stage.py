@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,13 @@ from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.breaker import CircuitBreaker
 from tests.toy import encoder, record, write_reward_model
+from tests.unit.stages.policy_bench import Told
 
 pytestmark = pytest.mark.servers
 
 PROMPTS = [
     record(text) for text in ("It was. He went.", "So. And then?", "x. One more. No", "no mark", "It was. He went.")
 ]
-
-
-class Told:
-    """What the stage told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.figures: dict[int, dict[str, float]] = {}
-
-    def progress(self, fraction: float, text: str) -> None:
-        self.lines.append(text)
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.figures.setdefault(step, {}).update(values)
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
 
 
 class Bench:
