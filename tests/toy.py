@@ -32,6 +32,7 @@ from pipeline_lib.training.recipes.preference import PreferenceRecipe
 from pipeline_lib.training.recipes.reward import Label, RewardRecipe
 from pipeline_lib.training.recipes.sft import SftRecipe
 from pipeline_lib.training.reference import Reference
+from pipeline_lib.training.rollout import Rollouts
 from pipeline_lib.training.settings import OfflineSettings, OptimizerSettings, PpoSettings, TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, prepare
 
@@ -155,6 +156,13 @@ def ppo_recipe(directory: Path, reward_directory: Path, chosen: PpoSettings, *, 
         policy, Reference.of(policy), critic, prompts, settings=chosen, layout=layout(**how), chat=chat(),
         should_stop=lambda: world.should_stop(), on_text=world.texts.append, **further,
     )  # fmt: skip
+
+
+def of_one_iteration(recipe: PpoRecipe) -> Rollouts:
+    """What PPO samples and measures in its first iteration."""
+    recipe.micro_batches(0)
+    assert recipe.rollouts is not None
+    return recipe.rollouts
 
 
 def layout(*, tokens_per_batch: int = 4096, is_packed: bool = True) -> Layout:

@@ -20,7 +20,17 @@ from pipeline_lib.training.critic import Critic, Normalization
 from pipeline_lib.training.recipes.ppo import VALUE, PpoRecipe
 from pipeline_lib.training.rollout import Rollouts, rollout_tree
 from pipeline_lib.training.settings import PpoSettings
-from tests.toy import PPO_PROMPTS, World, byte_ids, furthest, ppo_recipe, ppo_settings, settings, weights_of
+from tests.toy import (
+    PPO_PROMPTS,
+    World,
+    byte_ids,
+    furthest,
+    of_one_iteration,
+    ppo_recipe,
+    ppo_settings,
+    settings,
+    weights_of,
+)
 
 
 def run(recipe: PpoRecipe, chosen: PpoSettings, world: World) -> list[dict[str, float]]:
@@ -33,12 +43,6 @@ def share_of_letters(batch: TreeBatch) -> Tensor:
     return torch.tensor(
         [float(torch.isin(torch.tensor(tree.response_ids[0]), letters).float().mean()) for tree in batch.trees]
     )
-
-
-def of_one_iteration(recipe: PpoRecipe) -> Rollouts:
-    recipe.micro_batches(0)
-    assert recipe.rollouts is not None
-    return recipe.rollouts
 
 
 def test_the_first_rollouts_have_no_kl(directory: Path, reward_directory: Path, world: World) -> None:
