@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline_lib.models.tiny import write_tiny_model
-from pipeline_lib.schema import ArtifactRef, Record
+from pipeline_lib.schema import Record
 from pipeline_lib.stages import STAGES
-from pipeline_lib.stages.contract import StageContext, StageOutput
+from pipeline_lib.stages.contract import StageOutput
 from pipeline_lib.stages.group import GrpoConfig, RlooConfig
 from pipeline_lib.stages.ppo import PpoConfig, heldout_input
 from pipeline_lib.stages.rewards import pin_rewards
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.validation import validate
+from tests.stage_bench import Told, commit, context_in
 from tests.toy import write_reward_model
 
 PolicyConfig = PpoConfig | RlooConfig | GrpoConfig
@@ -39,23 +38,6 @@ def config(method: str, **changes: Any) -> PolicyConfig:
     return validate(_CLASSES[method], {**_SHARED, **_OWN[method], **changes}, where=method)
 
 
-class Told:
-    """What the stage told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.figures: dict[int, dict[str, float]] = {}
-
-    def progress(self, fraction: float, text: str) -> None:
-        self.lines.append(text)
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.figures.setdefault(step, {}).update(values)
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
-
-
 class PolicyBench:
     """Artifacts that the stages take, and a stage run on them."""
 
@@ -66,29 +48,23 @@ class PolicyBench:
         for name, gain in (("reward", 2.0), ("opposite", -2.0)):
             write_reward_model(tmp_path / "sft" / "model", tmp_path / name / "model")
             (tmp_path / name / "normalization.json").write_text(json.dumps({"gain": gain, "bias": 0.5}))
-        self.inputs = {"sft_model": self.commit("sft", "model"), "reward_model": self.commit("reward", "reward_model")}
-        self.opposite = self.commit("opposite", "reward_model")
-
-    def commit(self, name: str, kind: str) -> ArtifactRef:
-        """Commit a folder."""
-        return self.store.commit(
-            self.tmp_path / name, kind=kind, stage=kind, stage_version=1, config={}, inputs={}, metrics={},
-            measurements={}, stage_key=None,
-        )  # fmt: skip
+        self.inputs = {
+            "sft_model": commit(store, tmp_path / "sft", "model"),
+            "reward_model": commit(store, tmp_path / "reward", "reward_model"),
+        }
+        self.opposite = commit(store, tmp_path / "opposite", "reward_model")
 
     def run(self, chosen: PolicyConfig, *rows: Record) -> StageOutput:
         """Run a method's stage on rows of the policy split."""
         self.num_runs += 1
         home = self.tmp_path / f"run-{self.num_runs}"
         (home / "dataset").mkdir(parents=True)
-        (home / "output").mkdir()
         (home / "dataset" / "policy.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows))
         self.told = Told()
-        inputs = {**self.inputs, "dataset": self.commit(f"run-{self.num_runs}/dataset", "dataset")}
+        inputs = {**self.inputs, "dataset": commit(self.store, home / "dataset", "dataset")}
         if isinstance(chosen, PpoConfig):
             inputs |= heldout_input(chosen, {"opposite": self.opposite})
-        checkpoints = Checkpoints(self.store, f"{self.num_runs:064}")
-        context = StageContext(self.store, home / "output", self.told, checkpoints)
+        context = context_in(home, self.store, told=self.told, key=f"{self.num_runs:064}")
         output = STAGES[chosen.method].run(pin_rewards(chosen), inputs, context)
         assert isinstance(output, StageOutput)
         return output

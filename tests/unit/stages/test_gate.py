@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,10 @@ from pipeline_lib.errors import ConfigError, DataError
 from pipeline_lib.schema import ArtifactRef, Verdict
 from pipeline_lib.stages import gate
 from pipeline_lib.stages.contract import StageContext
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.validation import validate
 from tests.golden.check_gate import example, model
+from tests.stage_bench import commit, context_in, write_files
 
 pytestmark = pytest.mark.servers
 
@@ -33,55 +33,25 @@ CONFIG = validate(
 )
 
 
-class Silent:
-    """Events that nobody listens to."""
-
-    def progress(self, fraction: float, text: str) -> None: ...
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def log(self, text: str) -> None: ...
-
-
 Evaluate = Callable[..., ArtifactRef]
 
 
 @pytest.fixture
 def context(store: ArtifactStore, tmp_path: Path) -> StageContext:
-    workdir = tmp_path / "work"
-    workdir.mkdir()
-    return StageContext(store, workdir, Silent(), Checkpoints(store, "0" * 64))
-
-
-def commit(
-    store: ArtifactStore,
-    directory: Path,
-    kind: str,
-    *,
-    inputs: Mapping[str, ArtifactRef] | None = None,
-    metrics: Mapping[str, float] | None = None,
-) -> ArtifactRef:
-    directory.mkdir(parents=True)
-    (directory / "about.txt").write_text(kind)
-    return store.commit(
-        directory, kind=kind, stage=kind, stage_version=1, config={}, measurements={}, stage_key=None,
-        inputs=inputs or {}, metrics=metrics or {},
-    )  # fmt: skip
+    return context_in(tmp_path / "run", store)
 
 
 def evaluation(store: ArtifactStore, directory: Path, name: str, score: float, num: int = 20) -> ArtifactRef:
     directory.mkdir(parents=True)
     lines = [example(number, score=score).model_dump_json() for number in range(num)]
     (directory / "examples.jsonl").write_text("\n".join(lines) + "\n")
-    return store.commit(
-        directory, kind="evaluation", stage="evaluate", stage_version=1, config={}, measurements={}, stage_key=None,
-        inputs={"model": model(name)}, metrics={},
-    )  # fmt: skip
+    return commit(store, directory, "evaluation", stage="evaluate", inputs={"model": model(name)})
 
 
 @pytest.fixture
 def judge(store: ArtifactStore, tmp_path: Path) -> ArtifactRef:
-    return commit(store, tmp_path / "judge", "reward_model", metrics={"test_accuracy_frac": 0.9, "test_pairs": 100.0})
+    folder = write_files(tmp_path / "judge", {"about.txt": b"anything"})
+    return commit(store, folder, "reward_model", metrics={"test_accuracy_frac": 0.9, "test_pairs": 100.0})
 
 
 def test_the_verdict_names_models_by_their_artifacts(context: StageContext, judge: ArtifactRef, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from pipeline_lib.schema import ArtifactRef, Split
 from pipeline_lib.stages import STAGES, group
 from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.run_config import RunConfig
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.validation import validate
+from tests.stage_bench import Told, commit, context_in
 from tests.toy import record, write_reward_model
 
 QUICK: dict[str, Any] = {
@@ -33,34 +32,9 @@ CONFIGS = {"rloo": group.RlooConfig, "grpo": group.GrpoConfig}
 ROWS = [record(f"question {n}?", "yes", "no") for n in range(4)]
 
 
-class Heard:
-    """Remembers what a stage told."""
-
-    def __init__(self) -> None:
-        self.figures: list[Mapping[str, float]] = []
-        self.lines: list[str] = []
-
-    def progress(self, fraction: float, text: str) -> None: ...
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.figures.append(values)
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.fixture
 def context(store: ArtifactStore, tmp_path: Path) -> StageContext:
-    workdir = tmp_path / "run" / "work"
-    workdir.mkdir(parents=True)
-    return StageContext(store, workdir, Heard(), Checkpoints(store, "0" * 64))
-
-
-def commit(store: ArtifactStore, directory: Path, kind: str) -> ArtifactRef:
-    return store.commit(
-        directory, kind=kind, stage=kind, stage_version=1, config={"at": directory.name}, inputs={}, metrics={},
-        measurements={}, stage_key=directory.name.rjust(64, "0"),
-    )  # fmt: skip
+    return context_in(tmp_path / "run", store)
 
 
 @pytest.fixture
@@ -87,8 +61,8 @@ def test_a_model_is_trained_and_saved_with_its_figures(
     assert output.kind == "model"
     assert output.metrics.keys() == {"last_score", "last_ref_kl_nats", "last_response_tokens", "last_finished_frac"}
     heard = context.events
-    assert isinstance(heard, Heard)
-    of_steps = [figures for figures in heard.figures if f"{method}/loss" in figures]
+    assert isinstance(heard, Told)
+    of_steps = [figures for _, figures in heard.figures if f"{method}/loss" in figures]
     assert len(of_steps) == 4
     assert f"{method}/score" in of_steps[0]
     series = [json.loads(line) for line in (output.directory / "metrics.jsonl").read_text().splitlines()]

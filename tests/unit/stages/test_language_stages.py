@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.evaluate import EvaluateConfig
 from pipeline_lib.stages.pretraining import pin_pretraining
 from pipeline_lib.stages.sft import SftConfig
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder
 from pipeline_lib.validation import validate
+from tests.stage_bench import Told, commit, context_in
 from tests.toy import ORIGIN, chat, dialogue, layout, record, write_reward_model
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -43,39 +42,14 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Heard:
-    """Remembers what a stage told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.losses: list[float] = []
-
-    def progress(self, fraction: float, text: str) -> None: ...
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.losses += [value for name, value in values.items() if name.endswith("/loss")]
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.fixture
 def context(store: ArtifactStore, tmp_path: Path) -> StageContext:
-    workdir = tmp_path / "run" / "work"
-    workdir.mkdir(parents=True)
-    return StageContext(store, workdir, Heard(), Checkpoints(store, "0" * 64))
+    return context_in(tmp_path / "run", store)
 
 
-def heard(context: StageContext) -> Heard:
-    assert isinstance(context.events, Heard)
+def heard(context: StageContext) -> Told:
+    assert isinstance(context.events, Told)
     return context.events
-
-
-def commit(store: ArtifactStore, directory: Path, kind: str) -> ArtifactRef:
-    return store.commit(
-        directory, kind=kind, stage=kind, stage_version=1, config={"at": directory.name}, inputs={}, metrics={},
-        measurements={}, stage_key=directory.name.rjust(64, "0"),
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -111,7 +85,8 @@ def test_a_conditional_model_is_saved_with_its_condition(
     config = validate(ConditionalConfig, values, where="test")
     output = conditional.run(config, {"sft_model": model, "dataset": rows}, context)
     assert output.kind == "model"
-    assert heard(context).losses[-1] < heard(context).losses[0]
+    losses = heard(context).series("conditional/loss")
+    assert losses[-1] < losses[0]
     saved = ChatTokenizer.load(output.directory / "model")
     assert saved.render(dialogue("hi"), add_generation_prompt=True).endswith(end)
     facts = json.loads((output.directory / "training.json").read_bytes())
@@ -187,7 +162,7 @@ def test_real_comparisons_are_learnt_from(name: str, context: StageContext, mode
     rows = dataset(context.store, tmp_path / "b", Split.POLICY, found)
     config = validate(ConditionalConfig, {**QUICK, "max_steps": 12, "conditioning": {"name": name}}, where="test")
     conditional.run(config, {"sft_model": model, "dataset": rows}, replace(context))
-    losses = heard(context).losses
+    losses = heard(context).series("conditional/loss")
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
 

@@ -90,7 +90,7 @@ def test_a_set_of_rewards_trains_every_method(method: str, bench: PolicyBench) -
         assert row["score"] == pytest.approx(row["reward/own_weighted"] + row["reward/reward_model_weighted"], abs=1e-5)
         assert row["reward/total"] == pytest.approx(row["score"], abs=1e-5)
     speeds = {f"{method}/{name}" for name in ("rollout_tokens_per_s", "update_tokens_per_s")}
-    assert speeds <= {name for figures in bench.told.figures.values() for name in figures}
+    assert speeds <= {name for _, figures in bench.told.figures for name in figures}
 
 
 @pytest.mark.parametrize("fault", REASONS)
@@ -109,9 +109,9 @@ def test_a_row_that_a_function_fails_on_is_named_and_left_out_or_stops_the_stage
     series = series_of(output)
     assert len(series) == 2, "one step an iteration, none lost"
     assert {row["reward/scored_frac"] for row in series} == {0.75}
-    told = [line for line in bench.told.lines if line.startswith(f"row {BAD} is not scored: own: {REASONS[fault]}")]
+    told = [line for line in bench.told.texts if line.startswith(f"row {BAD} is not scored: own: {REASONS[fault]}")]
     assert len(told) == 2 * num_bad, "once an iteration and sample"
-    assert not [line for line in bench.told.lines if "is not scored" in line and line not in told]
+    assert not [line for line in bench.told.texts if "is not scored" in line and line not in told]
     assert all("bad" not in row for row in (output.directory / "samples.jsonl").read_text().splitlines())
 
 
@@ -167,7 +167,7 @@ def test_the_second_breach_ends_with_the_weights_of_the_best_held_out_reward(
     }  # fmt: skip
     chosen = config("ppo", iterations=6, breaker={}, heldout_reward_model="opposite", **wandering)
     output = bench.run(chosen, *PROMPTS)
-    assert "iteration 6: too far; back to before iteration 5, at half the learning rate" in bench.told.lines
+    assert "iteration 6: too far; back to before iteration 5, at half the learning rate" in bench.told.texts
     series = series_of(output)
     assert len(series) == 10, "five iterations were trained on, the sixth never was"
     facts = json.loads((output.directory / "training.json").read_bytes())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from pipeline_lib.stages import ppo, reward
 from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.ppo import PpoConfig
 from pipeline_lib.stages.reward import RewardConfig
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.critic import Critic
+from tests.stage_bench import Told, commit, context_in
 
 pytestmark = pytest.mark.servers
 
@@ -40,37 +39,30 @@ class Bench:
 
     def __init__(self, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.store, self.tmp_path = store, tmp_path
-        self.lines: list[str] = []
+        self.told = Told()
         self.critics: list[Critic] = []
         rows = [pair(n) for n in range(8)]
         (tmp_path / "rows").mkdir()
         for split in ("reward", "reward_test", "policy"):
             text = "".join(row.model_dump_json() + "\n" for row in rows)
             (tmp_path / "rows" / f"{split}.jsonl").write_text(text)
-        self.dataset = self.commit(tmp_path / "rows", "dataset")
+        self.dataset = commit(store, tmp_path / "rows", "dataset")
         self.model = self.sft_model(seed=0)
         made = ppo._critic
         monkeypatch.setattr(ppo, "_critic", lambda *given: self.critics.append(made(*given)) or self.critics[-1])
 
     def sft_model(self, *, seed: int) -> ArtifactRef:
         write_tiny_model(self.tmp_path / f"model-{seed}" / "model", seed=seed)
-        return self.commit(self.tmp_path / f"model-{seed}", "model")
-
-    def commit(self, directory: Path, kind: str) -> ArtifactRef:
-        return self.store.commit(
-            directory, kind=kind, stage=kind, stage_version=1, config={}, inputs={}, metrics={}, measurements={},
-            stage_key=None,
-        )  # fmt: skip
+        return commit(self.store, self.tmp_path / f"model-{seed}", "model")
 
     def context(self, name: str) -> StageContext:
         home = self.tmp_path / f"{name}-{len(list(self.tmp_path.iterdir()))}"
-        (home / "output").mkdir(parents=True)
-        return StageContext(self.store, home / "output", self, Checkpoints(self.store, f"key-{home.name}"))
+        return context_in(home, self.store, told=self.told, key=f"key-{home.name}")
 
     def reward_model(self, **changes: Any) -> ArtifactRef:
         config = RewardConfig.model_validate({**SHARED, "max_response_tokens": 48, "epochs": 4, **changes})
         output = reward.run(config, {"sft_model": self.model, "dataset": self.dataset}, self.context("reward"))
-        return self.commit(output.directory, output.kind)
+        return commit(self.store, output.directory, output.kind)
 
     def ppo(self, reward_model: ArtifactRef, *, model: ArtifactRef | None = None, **changes: Any) -> list[Any]:
         """Train and return the series."""
@@ -78,15 +70,6 @@ class Bench:
         output = ppo.run(PpoConfig.model_validate({**SHARED, **PPO, **changes}), inputs, self.context("ppo"))
         assert (output.directory / "model" / "model.safetensors").is_file()
         return [json.loads(line) for line in (output.directory / "metrics.jsonl").read_text().splitlines()]
-
-    def progress(self, fraction: float, text: str) -> None:
-        """Take no notice."""
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Take no notice."""
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture
@@ -103,15 +86,15 @@ def test_one_base_where_the_reward_model_was_trained_on_it(bench: Bench) -> None
     assert note["base_sha256"]["model/model.safetensors"] == weights
     shared = bench.ppo(reward_model)
     assert bench.critics[0].is_on_policy
-    assert not any("base of their own" in line for line in bench.lines)
+    assert not any("base of their own" in line for line in bench.told.lines)
     # The same reward model without its adapter, as one of before has none, is loaded whole.
     home = bench.store.fetch(reward_model, bench.tmp_path / "older")
     for path in (home / "adapter").iterdir():
         path.unlink()
     (home / "adapter").rmdir()
-    apart = bench.ppo(bench.commit(home, "reward_model"))
+    apart = bench.ppo(commit(bench.store, home, "reward_model"))
     assert not bench.critics[1].is_on_policy
-    told = [line for line in bench.lines if "base of their own" in line]
+    told = [line for line in bench.told.lines if "base of their own" in line]
     assert told == [
         "the reward model has no adapter of its own: value function and reward model get a base of their own"
     ]
@@ -123,11 +106,11 @@ def test_one_base_where_the_reward_model_was_trained_on_it(bench: Bench) -> None
 def test_other_bases_and_other_adapters_get_a_base_of_their_own(bench: Bench) -> None:
     reward_model = bench.reward_model()
     bench.ppo(reward_model, model=bench.sft_model(seed=1))
-    assert any("trained on other weights than those that the policy starts from" in line for line in bench.lines)
+    assert any("trained on other weights than those that the policy starts from" in line for line in bench.told.lines)
     bench.ppo(reward_model, adapter={"name": "lora", "rank": 4, "use_dora": True})
-    assert any("the policy has no plain LoRA adapter" in line for line in bench.lines)
+    assert any("the policy has no plain LoRA adapter" in line for line in bench.told.lines)
     full = bench.reward_model(adapter=None, optimizer={"learning_rate": 1e-3})
     assert not any(name.startswith("adapter/") for name in bench.store.manifest(full).files)
     bench.ppo(full)
-    assert any("the reward model has no adapter of its own" in line for line in bench.lines)
+    assert any("the reward model has no adapter of its own" in line for line in bench.told.lines)
     assert not any(critic.is_on_policy for critic in bench.critics)

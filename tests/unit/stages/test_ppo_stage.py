@@ -15,11 +15,10 @@ from pipeline_lib.schema import ArtifactRef, Record
 from pipeline_lib.stages.contract import StageContext, StageOutput
 from pipeline_lib.stages.ppo import PpoConfig, heldout_input, policy_prompts, run
 from pipeline_lib.stages.pretraining import pin_pretraining
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.breaker import CircuitBreaker
+from tests.stage_bench import Told, commit, context_in
 from tests.toy import encoder, record, write_reward_model
-from tests.unit.stages.policy_bench import Told
 
 pytestmark = pytest.mark.servers
 
@@ -36,24 +35,19 @@ class Bench:
         write_tiny_model(tmp_path / "sft" / "model", seed=0)
         write_reward_model(tmp_path / "sft" / "model", tmp_path / "reward" / "model")
         (tmp_path / "reward" / "normalization.json").write_text(json.dumps({"gain": 2.0, "bias": 0.5}))
-        self.inputs = {"sft_model": self.commit("sft", "model"), "reward_model": self.commit("reward", "reward_model")}
-
-    def commit(self, name: str, kind: str) -> ArtifactRef:
-        return self.store.commit(
-            self.tmp_path / name, kind=kind, stage=kind, stage_version=1, config={}, inputs={}, metrics={},
-            measurements={}, stage_key=None,
-        )  # fmt: skip
+        self.inputs = {
+            "sft_model": commit(store, tmp_path / "sft", "model"),
+            "reward_model": commit(store, tmp_path / "reward", "reward_model"),
+        }
 
     def dataset(self, *rows: Record) -> ArtifactRef:
         directory = self.tmp_path / "dataset"
         directory.mkdir()
         (directory / "policy.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows))
-        return self.commit("dataset", "dataset")
+        return commit(self.store, directory, "dataset")
 
     def context(self) -> StageContext:
-        home = self.tmp_path / "run"
-        (home / "output").mkdir(parents=True)
-        return StageContext(self.store, home / "output", self.told, Checkpoints(self.store, "0" * 64))
+        return context_in(self.tmp_path / "run", self.store, told=self.told)
 
     def run(self, dataset: ArtifactRef, config: PpoConfig) -> StageOutput:
         further = heldout_input(config, {"other": self.inputs["reward_model"]})
@@ -84,9 +78,9 @@ def test_a_training_with_everything_on(bench: Bench, tmp_path: Path) -> None:
     assert [row["step"] for row in series] == [0, 1, 2, 3]
     assert {"heldout_score", "pretraining_nll_per_token_nats", "ref_kl_full_nats", "breaches"} <= series[0].keys()
     assert series[0]["heldout_score"] == pytest.approx(series[0]["score"], abs=1e-4)
-    assert {"ppo/rollout_tokens_per_s", "ppo/loss"} <= bench.told.figures[0].keys()
-    assert "ppo/update_tokens_per_s" in bench.told.figures[1]
-    assert "1 of 5 prompts have no whole sentence and are left out" in bench.told.lines
+    assert {"ppo/rollout_tokens_per_s", "ppo/loss"} <= bench.told.of_step(0).keys()
+    assert "ppo/update_tokens_per_s" in bench.told.of_step(1)
+    assert "1 of 5 prompts have no whole sentence and are left out" in bench.told.texts
     facts = json.loads((output.directory / "training.json").read_bytes())
     assert facts["rows"] == 3, "four prompts have a mark, two of them are the same"
     samples = [json.loads(line) for line in (output.directory / "samples.jsonl").read_text().splitlines()]
@@ -127,7 +121,7 @@ def test_long_prompts_keep_the_sentences_that_fit(bench: Bench) -> None:
     rows = [record("Begin. One two. Three. Four"), record("Begin. All of this is too long.")]
     kept = policy_prompts(chosen, rows, bench.context(), encoder=encoder(max_prompt_tokens=27))
     assert [row.messages[-1].content for row in kept] == ["One two."]
-    assert "1 of 2 prompts have no whole sentence and are left out" in bench.told.lines
+    assert "1 of 2 prompts have no whole sentence and are left out" in bench.told.texts
 
 
 def test_an_unknown_held_out_reward_model_is_refused() -> None:

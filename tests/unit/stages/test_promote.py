@@ -23,6 +23,7 @@ from pipeline_lib.stages.promote import (
 )
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.tracking import ModelRegistry, TrackingSettings, load_pipeline
+from tests.stage_bench import commit
 
 pytestmark = pytest.mark.servers
 
@@ -37,16 +38,10 @@ class Bench:
         self.tracking = TrackingSettings(uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
         self.registry = ModelRegistry(self.tracking)
 
-    def commit(self, directory: Path, kind: str) -> ArtifactRef:
-        return self.store.commit(
-            directory, kind=kind, stage=kind, stage_version=1, config={}, inputs={}, metrics={}, measurements={},
-            stage_key=None,
-        )  # fmt: skip
-
     def model(self, seed: int) -> ArtifactRef:
         directory = self.tmp_path / f"model-{seed}"
         write_tiny_model(directory / "model", seed=seed)
-        return self.commit(directory, "model")
+        return commit(self.store, directory, "model")
 
     def verdict(
         self, candidates: dict[str, tuple[ArtifactRef, bool]], *, winner: str | None, champion: ArtifactRef | None
@@ -68,7 +63,7 @@ class Bench:
         directory = self.tmp_path / f"verdict-{len(list(self.tmp_path.iterdir()))}"
         directory.mkdir()
         (directory / "verdict.json").write_text(verdict.model_dump_json())
-        return self.commit(directory, "verdict")
+        return commit(self.store, directory, "verdict")
 
     def promote(self, verdict: ArtifactRef, config: PromoteConfig = CONFIG) -> Promotion:
         return promote(

@@ -17,29 +17,14 @@ from pipeline_lib.models.scoring import response_logps
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.schema import ArtifactRef, Record
 from pipeline_lib.stages import reference_logps
-from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.preferences import MISMATCHED
+from tests.stage_bench import commit, context_in, write_files
 from tests.toy import COMPARISONS, encoder, layout, record
 
 pytestmark = pytest.mark.servers
-
-
-class Listener:
-    """Events of a stage."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def progress(self, fraction: float, text: str) -> None: ...
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
 
 
 class Scorings:
@@ -58,14 +43,7 @@ class Scorings:
 
     def put(self, kind: str, files: Mapping[str, bytes], config: dict[str, object]) -> ArtifactRef:
         self.count += 1
-        folder = self.root / f"input-{self.count}"
-        for name, content in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        return self.store.commit(
-            folder, kind=kind, stage="test", stage_version=1, config=config, inputs={}, metrics={}, measurements={},
-            stage_key=None,
-        )  # fmt: skip
+        return commit(self.store, write_files(self.root / f"input-{self.count}", files), kind, config=config)
 
     def dataset(self, rows: list[Record], *, about: str = "") -> ArtifactRef:
         text = "".join(row.model_dump_json() + "\n" for row in rows)
@@ -76,18 +54,14 @@ class Scorings:
     ) -> dict[str, list[float]]:
         """Run the stage; `stop_after` counts the questions whether to stop that are answered with no."""
         self.num_scored, self.count = 0, self.count + 1
-        work = self.root / f"run-{self.count}" / "output"
-        work.mkdir(parents=True)
         asked = iter(range(10**6)) if stop_after is None else iter(range(stop_after))
-        context = StageContext(
-            self.store, work, Listener(), Checkpoints(self.store, f"{self.count:064d}"),
-            should_stop=lambda: next(asked, None) is None,
-        )  # fmt: skip
+        context = context_in(self.root / f"run-{self.count}", self.store, key=f"{self.count:064d}")
+        context = replace(context, should_stop=lambda: next(asked, None) is None)
         inputs = {"sft_model": model, "dataset": dataset}
         output = reference_logps.run(config, inputs, context)
-        ref = self.store.commit(
-            output.directory, kind=output.kind, stage="reference_logps", stage_version=reference_logps.VERSION,
-            config=config.model_dump(mode="json"), inputs=inputs, metrics=output.metrics, measurements={},
+        ref = commit(
+            self.store, output.directory, output.kind, stage="reference_logps", stage_version=reference_logps.VERSION,
+            config=config.model_dump(mode="json"), inputs=inputs, metrics=output.metrics,
             stage_key=stage_key("reference_logps", reference_logps.VERSION, config, inputs),
         )  # fmt: skip
         logps: dict[str, list[float]] = self.store.read_json(ref, "logps.json")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +22,17 @@ from pipeline_lib.models.heads import load_scalar_model
 from pipeline_lib.models.scoring import Layout, response_scores
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.schema import ArtifactRef, Message, Origin, Record, Response
-from pipeline_lib.stages.contract import StageContext, StageOutput
+from pipeline_lib.stages.contract import StageOutput
 from pipeline_lib.stages.reward import RewardConfig, normalization_of, run
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder
 from pipeline_lib.validation import validate
+from tests.stage_bench import Told, commit, context_in
 
 pytestmark = pytest.mark.servers
 
 SHARED_DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-
-
-@dataclass
-class Told:
-    """What a stage told while it ran."""
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-
-    def progress(self, fraction: float, text: str) -> None:
-        self.texts.append(text)
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.steps.append(dict(values))
-
-    def log(self, text: str) -> None:
-        self.texts.append(text)
 
 
 def pair(n: int, *tags: str, strength: Any = None) -> Record:
@@ -69,13 +50,7 @@ class Bench:
     def __init__(self, store: ArtifactStore, tmp_path: Path) -> None:
         self.store, self.tmp_path, self.told = store, tmp_path, Told()
         write_tiny_model(tmp_path / "model" / "model", seed=0)
-        self.model = self._commit(tmp_path / "model", "model")
-
-    def _commit(self, directory: Path, kind: str) -> ArtifactRef:
-        return self.store.commit(
-            directory, kind=kind, stage=kind, stage_version=1, config={}, inputs={}, metrics={}, measurements={},
-            stage_key=None,
-        )  # fmt: skip
+        self.model = commit(store, tmp_path / "model", "model")
 
     def dataset(self, **splits: list[Record]) -> ArtifactRef:
         directory = self.tmp_path / f"dataset-{len(list(self.tmp_path.iterdir()))}"
@@ -83,7 +58,7 @@ class Bench:
         for split in ("sft", "reward", "reward_test", "policy"):
             lines = [record.model_dump_json() + "\n" for record in splits.get(split, [])]
             (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        return self._commit(directory, "dataset")
+        return commit(self.store, directory, "dataset")
 
     def run(self, dataset: ArtifactRef, **config: Any) -> StageOutput:
         chosen = {
@@ -91,8 +66,7 @@ class Bench:
             "adapter": {"name": "lora", "rank": 4}, "optimizer": {"learning_rate": 5e-3}, **config,
         }  # fmt: skip
         home = self.tmp_path / f"run-{len(list(self.tmp_path.iterdir()))}"
-        (home / "output").mkdir(parents=True)
-        context = StageContext(self.store, home / "output", self.told, Checkpoints(self.store, f"key-{home.name}"))
+        context = context_in(home, self.store, told=self.told, key=f"key-{home.name}")
         return run(RewardConfig.model_validate(chosen), {"sft_model": self.model, "dataset": dataset}, context)
 
 
@@ -207,7 +181,7 @@ def test_a_safety_model_learns_from_tags_what_is_safe(bench: Bench) -> None:
     rows = [pair(n, "harmless", "best-safe") for n in range(8)]
     dataset = bench.dataset(reward=rows, reward_test=[pair(n) for n in range(50, 54)])
     bench.run(dataset, max_steps=2, safety={"coef": 0.5})
-    assert all(0 <= figures["reward/safety_accuracy_frac"] <= 1 for figures in bench.told.steps)
+    assert all(0 <= figures["reward/safety_accuracy_frac"] <= 1 for _, figures in bench.told.figures)
     with pytest.raises(DataError, match="none of the comparisons has a tag that says so: yes, all-safe, none-safe"):
         bench.run(dataset, safety={"best_safe_tags": ["yes"]})
 
@@ -226,7 +200,7 @@ def test_real_rankings_bring_the_loss_down(name: str, bench: Bench) -> None:
     rows = [row for row in Jsonl(path=str(path)).rows(LocalPlaces(), lambda _: None) if isinstance(row, Record)]
     dataset = bench.dataset(reward=rows[:8], reward_test=rows[8:12])
     output = bench.run(dataset, epochs=4, optimizer={"learning_rate": 3e-3})
-    losses = [figures["reward/loss"] for figures in bench.told.steps]
+    losses = bench.told.series("reward/loss")
     assert losses[-1] < losses[0]
     ranking = ReportCard.model_validate({
         "figures": {}, **{k: v for k, v in read(output, "report_card.json").items() if k in ReportCard.model_fields}

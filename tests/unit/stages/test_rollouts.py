@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +20,18 @@ from pipeline_lib.models.scoring import response_scores
 from pipeline_lib.models.tiny import byte_tokenizer, write_tiny_model
 from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.stages import rollout_parts, rollouts
-from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.rollout_rows import SampledPrompt
 from pipeline_lib.stages.rollouts import RolloutsConfig, prompts_of_round
-from pipeline_lib.storage.checkpoints import Checkpoints
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.training import reward_set
+from tests.stage_bench import Told, commit, context_in, write_files
 from tests.toy import chat, encoder, layout, record, write_reward_model
 
 TEXTS = ("a", "what?", "tell me", "why", "hello you", "x", "and", "?")
 CONFIG = RolloutsConfig(
     samples_per_prompt=3, max_new_tokens=6, batch_size=6, precision="fp32", missing_eos="keep", max_prompt_tokens=256
 )
-
-
-class Listener:
-    """Events of a stage."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.figures: dict[int, float] = {}
-        self.rewards: dict[str, float] = {}
-
-    def progress(self, fraction: float, text: str) -> None: ...
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        if "rollouts/best_of_n_score" in values:
-            self.figures[step] = values["rollouts/best_of_n_score"]
-        else:
-            self.rewards |= values
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @dataclass
@@ -64,33 +43,22 @@ class World:
     model: ArtifactRef = field(init=False)
     reward_model: ArtifactRef = field(init=False)
     dataset: ArtifactRef = field(init=False)
-    listener: Listener = field(default_factory=Listener)
+    told: Told = field(default_factory=Told)
     count: int = 0
     parts_drawn: int = 0
 
     def put(self, kind: str, files: Mapping[str, bytes], **inputs: ArtifactRef) -> ArtifactRef:
         self.count += 1
-        folder = self.root / f"put-{self.count}"
-        for name, content in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        return self.store.commit(
-            folder, kind=kind, stage="test", stage_version=1, config={}, inputs=inputs, metrics={}, measurements={},
-            stage_key=None,
-        )  # fmt: skip
+        return commit(self.store, write_files(self.root / f"put-{self.count}", files), kind, inputs=inputs)
 
     def run(
         self, config: RolloutsConfig, *, stop_after: int | None = None, **inputs: ArtifactRef
     ) -> tuple[Path, dict[str, float | None]]:
         """Run the stage; `stop_after` counts the questions whether to stop that are answered with no."""
         self.count += 1
-        work = self.root / f"run-{self.count}" / "output"
-        work.mkdir(parents=True)
         asked = iter(range(10**6 if stop_after is None else stop_after))
-        context = StageContext(
-            self.store, work, self.listener, Checkpoints(self.store, f"{self.count:064d}"),
-            should_stop=lambda: next(asked, None) is None,
-        )  # fmt: skip
+        context = context_in(self.root / f"run-{self.count}", self.store, told=self.told, key=f"{self.count:064d}")
+        context = replace(context, should_stop=lambda: next(asked, None) is None)
         given = {"model": self.model, "reward_model": self.reward_model, "dataset": self.dataset, **inputs}
         self.parts_drawn = 0
         output = rollouts.run(config, given, context)
@@ -195,7 +163,8 @@ def test_figures_are_those_of_the_samples(world: World) -> None:
     pairs = [max(row[i], row[j]) for row in scores for i, j in ((0, 1), (0, 2), (1, 2))]
     curve = {point["n"]: point["score"] for point in figures["best_of_n"]}
     assert curve[2] == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
-    assert world.listener.figures == curve
+    told = {step: found["rollouts/best_of_n_score"] for step, found in world.told.figures if len(found) == 1}
+    assert told == curve
     ended = [one.is_finished for each in drawn for one in each.responses]
     assert figures["finished_frac"] == pytest.approx(sum(ended) / len(ended))
 
@@ -207,7 +176,7 @@ def test_a_pass_that_is_stopped_goes_on_after_its_last_part_with_the_same_rows(w
     assert world.parts_drawn == 1
     directory, _ = world.run(CONFIG)
     assert world.parts_drawn == 2
-    assert world.listener.lines == ["1 of 3 parts were there already"]
+    assert world.told.lines == ["1 of 3 parts were there already"]
 
     # What is made of the responses is no part of the key: rows are made anew, nothing is sampled.
     other = CONFIG.model_copy(update={"select": "top_share", "compared": "best_and_worst", "missing_eos": "penalty"})
@@ -310,9 +279,9 @@ def test_a_set_of_rewards_ranks_the_responses_that_are_there_already(world: Worl
         lengths = [max(0.0, 1 - abs(one.num_tokens - one.is_finished - 3) / 3) for one in each.responses]
         own = [length + 0.25 * next(expected) for length in lengths]
         assert [one.score for one in each.responses] == pytest.approx(own, abs=1e-4)
-    assert world.listener.rewards["rollouts/reward/scored_frac"] == 1.0
+    assert world.told.series("rollouts/reward/scored_frac")[-1] == 1.0
     mean = float((2 * raw + 0.5).mean())
-    assert world.listener.rewards["rollouts/reward/reward_model"] == pytest.approx(mean, abs=1e-4)
+    assert world.told.series("rollouts/reward/reward_model")[-1] == pytest.approx(mean, abs=1e-4)
     for row in records(directory, Split.SFT):
         ranked = next(each for each in samples(directory) if each.prompt.messages == row.messages)
         assert row.responses[0].content == ranked.candidates()[0].content
@@ -340,4 +309,4 @@ def test_a_response_without_a_score_stops_the_round_or_is_left_out(
     directory, metrics = world.run(skipping)
     assert {each.prompt.messages[0].content for each in samples(directory)} == set(TEXTS) - {"why"}
     assert metrics["prompts"] == 7.0
-    assert sum("is not scored: length: it is odd" in line for line in world.listener.lines) == 3
+    assert sum("is not scored: length: it is odd" in line for line in world.told.lines) == 3
