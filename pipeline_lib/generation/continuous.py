@@ -37,18 +37,19 @@ class ContinuousGenerator(BatchedGenerator):
     ) -> list[Sample]:
         """Sample; see `Generator`. `settings.batch_size` is the number of slots."""
         from pipeline_lib.generation.slot_run import SlotRun  # noqa: PLC0415  (torch)
-        from pipeline_lib.generation.slot_trial import takes_slots  # noqa: PLC0415  (torch)
+        from pipeline_lib.generation.slot_trial import slots_of  # noqa: PLC0415  (torch)
 
         if not prompts:
             return []
         model = self.policy.load()
         longest = max(map(len, prompts)) + settings.max_new_tokens
-        if not takes_slots(model, longest=longest):
+        slots = slots_of(model, longest=longest)
+        if slots is None:
             return super().generate(
                 prompts, settings, seed=seed, samples_per_prompt=samples_per_prompt, on_batch=on_batch
             )
         run = SlotRun(
-            model, prompts, settings, eos_id=self.eos_id, pad_id=self.pad_id, seed=seed,
+            model, prompts, settings, slots=slots, eos_id=self.eos_id, pad_id=self.pad_id, seed=seed,
             samples_per_prompt=samples_per_prompt, on_batch=on_batch,
         )  # fmt: skip
         return run.samples()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline_lib.generation.prefill import Prefilled, Prefiller, group_size
-from pipeline_lib.generation.slots import SlotCache
+from pipeline_lib.generation.prefill import Prefiller, group_size
+from pipeline_lib.generation.prompt_slots import PromptSlots
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.sampling import Sample, SamplingSettings, common_prefix, draw_tokens
 
@@ -39,7 +39,10 @@ class Row:
 class _Ready:
     """A prompt that has been run, with samples that have not begun."""
 
-    prompt: Prefilled
+    index: int
+    logits_V: Tensor
+    columns: int
+    num_virtual: int
     places: deque[int]
 
 
@@ -52,13 +55,14 @@ class SlotRun:
         prompts: Sequence[Sequence[int]],
         settings: SamplingSettings,
         *,
+        slots: type[PromptSlots],
         eos_id: int,
         pad_id: int,
         seed: int,
         samples_per_prompt: int,
         on_batch: Callable[[int], None] | None,
     ) -> None:
-        """Take what `Generator.generate` is given, and the model."""
+        """Take what `Generator.generate` is given, the model, and how it keeps keys and values."""
         self.model, self.prompts, self.settings = model, prompts, settings
         self.eos_id, self.pad_id, self.seed, self.on_batch = eos_id, pad_id, seed, on_batch
         self.copies = samples_per_prompt
@@ -67,7 +71,7 @@ class SlotRun:
         self._ready: deque[_Ready] = deque()
         self._rows: list[Row] = []
         self._num_slots = min(settings.batch_size, len(prompts) * samples_per_prompt)
-        self._cache = SlotCache(self._num_slots)
+        self._slots = slots(self._num_slots)
         self._found: dict[int, Sample] = {}
         self._left = [samples_per_prompt] * len(prompts)
         self._num_done = 0
@@ -100,35 +104,38 @@ class SlotRun:
         size = group_size([len(self.prompts[index]) - self._shared for index in next_up])
         indices = [self._waiting.popleft() for _ in range(size)]
         for index, prompt in zip(indices, prefiller.run([self.prompts[index] for index in indices]), strict=True):
+            self._slots.hold(index, prompt.states)
+            columns = int(prompt.states[0][0].shape[1])
             places = deque(range(index * self.copies, (index + 1) * self.copies))
-            self._ready.append(_Ready(prompt, places))
+            self._ready.append(_Ready(index, prompt.logits_V, columns, prompt.num_virtual, places))
 
     def _begin(self, free: int) -> None:
         """Draw the first tokens of the next samples and give those that go on a slot."""
-        begun: list[tuple[Row, Prefilled]] = []
+        begun: list[tuple[Row, _Ready]] = []
         while self._ready and len(begun) < free:
             ready = self._ready[0]
             place = ready.places.popleft()
             noise = torch.Generator().manual_seed(derive_seed(self.seed, "sample", place))
-            columns = int(ready.prompt.states[0][0].shape[1])
-            begun.append((Row(place, noise, columns, ready.prompt.num_virtual), ready.prompt))
+            begun.append((Row(place, noise, ready.columns, ready.num_virtual), ready))
             if not ready.places:
                 self._ready.popleft()
-        logits_BV = torch.stack([prompt.logits_V for _, prompt in begun])
-        for (row, prompt), token in zip(begun, self._draw(logits_BV, [row for row, _ in begun]), strict=True):
+        logits_BV = torch.stack([ready.logits_V for _, ready in begun])
+        for (row, ready), token in zip(begun, self._draw(logits_BV, [row for row, _ in begun]), strict=True):
             if self._goes_on(row, token):
-                self._cache.put(len(self._rows), prompt.states)
+                self._slots.begin(len(self._rows), ready.index)
                 self._rows.append(row)
+            if row.place == (ready.index + 1) * self.copies - 1:
+                self._slots.let_go(ready.index)
 
     def _step(self) -> None:
         """Write one token more of every row; the last rows move to where others have ended."""
-        logits_BV = next_logits(self.model, self._cache, self._rows)
+        logits_BV = next_logits(self.model, self._slots, self._rows)
         tokens = self._draw(logits_BV, self._rows)
         goes_on = [self._goes_on(row, token) for row, token in zip(self._rows, tokens, strict=True)]
         for slot in reversed([slot for slot, stays in enumerate(goes_on) if not stays]):
             last = self._rows.pop()
+            self._slots.vacate(slot, last=len(self._rows), length=last.columns)
             if slot < len(self._rows):
-                self._cache.move(len(self._rows), slot, length=last.columns)
                 self._rows[slot] = last
 
     def _draw(self, logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
@@ -150,20 +157,17 @@ class SlotRun:
         return False
 
 
-def next_logits(model: PreTrainedModel, cache: SlotCache, rows: Sequence[Row]) -> Tensor:
+def next_logits(model: PreTrainedModel, slots: PromptSlots, rows: Sequence[Row]) -> Tensor:
     """Feed each row's last token; return the logits of its next, `(B, V)` float32 on the CPU.
 
-    The rows are those of the cache's first slots.
+    The rows are those of the first slots.
     """
-    states, seen_BT = cache.at([row.columns for row in rows])
     num_virtual = rows[0].num_virtual
+    inputs = slots.inputs([row.columns for row in rows], num_virtual=num_virtual)
     input_B1 = torch.tensor([[row.ids[-1]] for row in rows], device=model.device)
     position_B1 = torch.tensor([[row.columns - num_virtual] for row in rows], device=model.device)
-    # The backbone puts virtual tokens in front of masks and positions by itself.
-    output = model(
-        input_ids=input_B1, attention_mask=seen_BT[:, num_virtual:].long(), position_ids=position_B1,
-        past_key_values=states, use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
+    with slots.attending(model):
+        output = model(input_ids=input_B1, position_ids=position_B1, use_cache=True, logits_to_keep=1, **inputs)
     for row in rows:
         row.columns += 1
     logits_BV: Tensor = output.logits[:, -1].float().cpu()

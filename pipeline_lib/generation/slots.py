@@ -32,6 +32,8 @@ class _Step:
     column_B: Tensor
     width: int
     """T, the written columns included."""
+    before: int
+    """Columns that are kept elsewhere, in front of these."""
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types here
@@ -53,7 +55,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
             # Zeros: what is masked is still multiplied, by 0, which makes no number of what is no number.
             new = like.new_zeros((slots, heads, columns, width))
             if old is not None:
-                new[:, :, : old.shape[2]] = old
+                new[: old.shape[0], :, : old.shape[2]] = old
             grown.append(new)
         self.keys, self.values = grown
         self.is_initialized = True
@@ -71,7 +73,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         return self.keys[:num, :, : step.width], self.values[:num, :, : step.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - a step has one query
-        """Return T and that the first column is 0."""
+        """Return how many columns there are with the step's and that the first is 0."""
         return self._width, 0
 
     def get_seq_length(self) -> int:
@@ -85,14 +87,14 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
     @property
     def _width(self) -> int:
         assert self.step is not None
-        return self.step.width
+        return self.step.before + self.step.width
 
 
 class SlotCache:
     """Keys and values of all layers, row by row."""
 
     def __init__(self, slots: int) -> None:
-        """Take how many rows there may be at once."""
+        """Take how many rows there may be at once; more are made room for when they come."""
         self.slots, self.columns = slots, 0
         self._layers: list[_SlotLayer] = []
 
@@ -103,16 +105,29 @@ class SlotCache:
             slot: Which one.
             states: `(H, T, W)` of every layer.
         """
-        if not self._layers:
-            self._layers = [_SlotLayer() for _ in states]
-        length = states[0][0].shape[1]
-        if length >= self.columns:
-            self.columns = -(-(length + 1) // GROWN_BY) * GROWN_BY
-            for layer, (key_HTW, value_HTW) in zip(self._layers, states, strict=True):
-                layer.reserve(self.slots, self.columns, key_HTW, value_HTW)
+        length = int(states[0][0].shape[1])
+        self.make_room(slot, length + 1, like=states)
         for layer, (key_HTW, value_HTW) in zip(self._layers, states, strict=True):
             layer.keys[slot, :, :length] = key_HTW
             layer.values[slot, :, :length] = value_HTW
+
+    def make_room(self, slot: int, columns: int, *, like: Sequence[LayerStates]) -> None:
+        """Have a slot, and so many columns of each.
+
+        Args:
+            slot: Which one.
+            columns: Its columns.
+            like: `(H, T, W)` of every layer, of which only H, W and the number format matter.
+        """
+        if slot < self.slots and columns <= self.columns:
+            return
+        self.slots = max(self.slots, slot + 1)
+        if columns > self.columns:
+            self.columns = -(-columns // GROWN_BY) * GROWN_BY
+        if not self._layers:
+            self._layers = [_SlotLayer() for _ in like]
+        for layer, (key_HTW, value_HTW) in zip(self._layers, like, strict=True):
+            layer.reserve(self.slots, self.columns, key_HTW, value_HTW)
 
     def move(self, source: int, target: int, *, length: int) -> None:
         """Copy a slot's first columns to another slot."""
@@ -120,20 +135,25 @@ class SlotCache:
             for states in (layer.keys, layer.values):
                 states[target, :, :length] = states[source, :, :length]
 
-    def at(self, columns: Sequence[int]) -> tuple[Cache, Tensor]:
+    def first(self, num: int, *, width: int) -> list[LayerStates]:
+        """Return the first columns of the first slots, `(num, H, width, W)` of every layer; no copies."""
+        return [(layer.keys[:num, :, :width], layer.values[:num, :, :width]) for layer in self._layers]
+
+    def at(self, columns: Sequence[int], *, before: int = 0) -> tuple[Cache, Tensor]:
         """Return the cache for a step in which the first slots write these columns.
+
+        Args:
+            columns: One a row.
+            before: Columns in front of them that are kept elsewhere.
 
         Returns:
             The cache, and which columns each row sees after writing, `(B, T)` bool.
         """
         width = max(columns) + 1
-        if width > self.columns:
-            self.columns += GROWN_BY
-            for layer in self._layers:
-                layer.reserve(self.slots, self.columns, layer.keys[0], layer.values[0])
+        self.make_room(0, width, like=[(layer.keys[0], layer.values[0]) for layer in self._layers])
         device = self._layers[0].keys.device
         column_B = torch.tensor(columns, device=device)
-        step = _Step(torch.arange(len(columns), device=device), column_B, width)
+        step = _Step(torch.arange(len(columns), device=device), column_B, width, before)
         for layer in self._layers:
             layer.step = step
         return Cache(layers=list(self._layers)), torch.arange(width, device=device)[None] <= column_B[:, None]

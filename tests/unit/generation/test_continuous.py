@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from pipeline_lib.generation import open_generator
 from pipeline_lib.generation.contract import Generator, Policy
-from pipeline_lib.generation.prefill import Prefiller, group_size
-from pipeline_lib.generation.slot_run import Row, next_logits
-from pipeline_lib.generation.slot_trial import takes_slots
-from pipeline_lib.generation.slots import GROWN_BY, SlotCache
+from pipeline_lib.generation.prefill import group_size
+from pipeline_lib.generation.prompt_slots import CopiedPrompts
+from pipeline_lib.generation.shared_prompts import SharedPrompts
+from pipeline_lib.generation.slot_trial import slots_of
+from pipeline_lib.generation.slots import GROWN_BY
 from pipeline_lib.models.sampling import Sample, SamplingSettings, sample
 from pipeline_lib.models.virtual_tokens import fresh_tokens
 from tests.toy import byte_ids, tiny_llama
@@ -78,7 +79,7 @@ def in_batches(
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_architecture_answers_as_in_batches(kind: str) -> None:
     found = tiny(kind)
-    assert takes_slots(found, longest=64)
+    assert slots_of(found, longest=64) is SharedPrompts
     expected = in_batches(found, batch_size=1)
     assert draw(found, batch_size=3) == expected
     assert len({one.ids for one in expected}) == len(PROMPTS), "the prompts should matter"
@@ -113,27 +114,29 @@ def test_virtual_tokens_stand_before_every_prompt(kind: Any) -> None:
     found = ending(tiny_llama(seed=4, sharpness=8.0), 4.0)
     plain = draw(found)
     fresh_tokens(found, kind, byte_ids("Be brief. ")).attach(found)
-    assert takes_slots(found, longest=64)
+    assert slots_of(found, longest=64) is SharedPrompts
     drawn = draw(found, copies=2, batch_size=3)
     assert drawn == in_batches(found, copies=2)
     assert drawn[::2] != plain
 
 
 def test_a_model_in_bf16_is_tried_out_too() -> None:
-    assert takes_slots(tiny("llama", dtype=torch.bfloat16), longest=64)
+    assert slots_of(tiny("llama", dtype=torch.bfloat16), longest=64) is SharedPrompts
 
 
 def test_windows_that_hide_something_are_sampled_in_batches(caplog: pytest.LogCaptureFixture) -> None:
     found = tiny("mistral")
-    assert not takes_slots(found, longest=12)
-    assert takes_slots(found, longest=11)
+    assert slots_of(found, longest=12) is None
+    assert slots_of(found, longest=11) is SharedPrompts
     assert draw(found) == in_batches(found, batch_size=1)
 
 
-def test_linear_biases_count_from_anywhere() -> None:
+def test_a_model_whose_attention_is_its_own_copies_its_prompts(caplog: pytest.LogCaptureFixture) -> None:
     found = tiny("mpt")
-    assert takes_slots(found, longest=64)
-    assert draw(found, PROMPTS[:3]) == in_batches(found, PROMPTS[:3], batch_size=1)
+    found.config.note = "not tried out yet"  # verdicts are kept by configuration
+    assert slots_of(found, longest=64) is CopiedPrompts
+    assert ["once for each of its samples" in record.message for record in caplog.records] == [True]
+    assert draw(found, PROMPTS[:3], copies=2) == in_batches(found, PROMPTS[:3], batch_size=1, copies=2)
 
 
 def test_a_model_that_goes_by_the_row_instead_of_positions_is_sampled_in_batches() -> None:
@@ -144,7 +147,7 @@ def test_a_model_that_goes_by_the_row_instead_of_positions_is_sampled_in_batches
 
     found.base_model.register_forward_pre_hook(without_positions, with_kwargs=True)
     found.config.n_ctx_note = "another architecture"  # verdicts are kept by configuration
-    assert not takes_slots(found, longest=64)
+    assert slots_of(found, longest=64) is None
     assert draw(found, batch_size=1) == in_batches(found, batch_size=1)
 
 
@@ -165,7 +168,7 @@ def rows_of_forwards(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_row_that_ends_makes_room_for_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     found = ending(tiny_llama(seed=4, sharpness=8.0), 5.5)
     prompts = [byte_ids(f"prompt {number:02d}") for number in range(40)]
-    assert takes_slots(found, longest=64)
+    assert slots_of(found, longest=64) is not None
     expected = in_batches(found, prompts, batch_size=8)
     shapes = rows_of_forwards(found, monkeypatch)
     in_batches(found, prompts, batch_size=8)
@@ -181,7 +184,7 @@ def test_a_row_that_ends_makes_room_for_the_next_prompt(monkeypatch: pytest.Monk
 
 def test_a_prompt_is_computed_once_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tiny_llama(seed=4, sharpness=8.0)
-    assert takes_slots(found, longest=64)
+    assert slots_of(found, longest=64) is not None
     shapes = rows_of_forwards(found, monkeypatch)
     prompts = [BEGINNING + byte_ids("one"), BEGINNING + byte_ids("two")]
     draw(found, prompts, copies=5, batch_size=4, max_new_tokens=2, stops_at_eos=False)
@@ -206,24 +209,6 @@ def test_progress_is_told_prompt_by_prompt_and_can_end_the_sampling(model: PreTr
 
     with pytest.raises(AskedToEndError):
         continuous(model).generate(PROMPTS, settings, seed=5, on_batch=stop)
-
-
-def test_masked_columns_may_hold_anything() -> None:
-    found = tiny("llama", dtype=torch.float64)
-    with torch.inference_mode():
-        logits = []
-        for rubbish in (0.0, 1e30):
-            cache, rows = SlotCache(2), []
-            for slot, prompt in enumerate(
-                Prefiller(found, [], pad_id=PAD).run([byte_ids("a long one"), byte_ids("b")])
-            ):
-                cache.put(slot, prompt.states)
-                rows.append(Row(slot, torch.Generator(), int(prompt.states[0][0].shape[1]), 0, [7]))
-            for layer in cache._layers:
-                layer.keys[1, :, 2:] = rubbish
-                layer.values[1, :, 2:] = rubbish
-            logits.append(next_logits(found, cache, rows))
-    assert torch.equal(logits[0], logits[1])
 
 
 def test_prompts_of_like_lengths_run_together() -> None:
