@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flows.stage_runs import Jobs, Stages
 from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages.group import GrpoConfig, RlooConfig
+from pipeline_lib.stages.labels import pin_labels
 from pipeline_lib.stages.places import open_places
 from pipeline_lib.stages.ppo import PpoConfig, heldout_input
 from pipeline_lib.stages.preference import PreferenceConfig
@@ -76,7 +77,7 @@ def _reference(
 def _train_in_rounds(
     name: str, config: RoundsSettings, stage: Stages, *, start: ArtifactRef, material: Material
 ) -> ArtifactRef:
-    """Sample, score and train, round after round; returns the model of the last one."""
+    """Sample, score, label and train, round after round; returns the model of the last one."""
     model = start
     earlier: dict[str, ArtifactRef] = {}
     for number in range(1, config.rounds + 1):
@@ -87,10 +88,19 @@ def _train_in_rounds(
         if isinstance(config, RejectionSettings):
             earlier = {"earlier": rows} if config.keep == "all" else {}
             trained = start if config.train_from == "start" else model
-            model = stage.named(f"{at}:sft", "sft", config.sft(), {"base_model": trained, "dataset": rows})
+            labelled = _labelled(at, config, stage, rows)
+            model = stage.named(f"{at}:sft", "sft", config.sft(), {"base_model": trained, "dataset": labelled})
         else:
             assert isinstance(config, IteratedDpoConfig)
-            training, inputs = config.preference(), {"sft_model": model, "dataset": rows}
+            training, inputs = config.preference(), {"sft_model": model, "dataset": _labelled(at, config, stage, rows)}
             inputs |= _reference(f"{at}:reference_logps", training, stage, inputs)
             model = stage.named(f"{at}:preference", "preference", training, inputs)
     return model
+
+
+def _labelled(at: str, config: RoundsSettings, stage: Stages, rows: ArtifactRef) -> ArtifactRef:
+    """Let a judge or people label a round's samples, where the candidate says so."""
+    labelling = config.labelling(f"{at.replace(':', '-')}-{rows.id[:12]}")
+    if labelling is None:
+        return rows
+    return stage.named(f"{at}:labels", "labels", pin_labels(labelling), {"rollouts": rows})

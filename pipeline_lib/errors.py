@@ -143,6 +143,18 @@ class GeneratorError(PipelineError):
     code, exit_code, is_transient = "E_GENERATOR", 34, True
 
 
+class JudgeError(PipelineError):
+    """A judge of responses cannot be asked, or too few of its verdicts can be read."""
+
+    code, exit_code = "E_JUDGE", 35
+
+
+class LabelsWantedError(PipelineError):
+    """People have to label responses before the run can go on; nothing is wrong."""
+
+    code, exit_code = "E_LABELS_WANTED", 36
+
+
 class PrefectUnavailableError(PipelineError):
     """The Prefect server does not answer."""
 

@@ -10,10 +10,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 from pydantic import BaseModel
 
-from pipeline_lib.errors import PipelineError
+from pipeline_lib.errors import LabelsWantedError, PipelineError
 from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages import STAGES
 from pipeline_lib.stages.execute import Job, execute
@@ -81,7 +81,8 @@ def run_stage(stage: str, config: BaseModel, inputs: dict[str, ArtifactRef], ser
         name: Name of the task run, e.g. `evaluate:dpo`.
 
     Returns:
-        A completed state with the artifact's reference, called `Cached` where nothing was run.
+        A completed state with the artifact's reference, called `Cached` where nothing was run; a failed one
+        called `LabelsWanted` where people have to label something first.
     """
     job = Job(
         stage=stage, config=config.model_dump(mode="json"), inputs=inputs, storage=services.storage,
@@ -94,6 +95,10 @@ def run_stage(stage: str, config: BaseModel, inputs: dict[str, ArtifactRef], ser
     events = TaskEvents(name, run, is_training=STAGES[stage].is_training)
     try:
         outcome = execute(job, store=services.store, events=events)
+    except LabelsWantedError as error:
+        events.finish("waits for labels of people", is_done=False)
+        run.finish("KILLED", metrics={}, tags={"prefline.error": error.cause[:400]})
+        return Failed(name="LabelsWanted", message=str(error), data=error)
     except PipelineError as error:
         events.finish(f"failed: {error.code}", is_done=False)
         run.finish("FAILED", metrics={}, tags={"prefline.error": error.cause[:400]})

@@ -5,16 +5,15 @@ What it says of log-probabilities is only compared with what the trainer says: i
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from pipeline_lib.generation.contract import Generator, Policy
 from pipeline_lib.hashing import derive_seed
+from pipeline_lib.http_json import check_url
 from pipeline_lib.validation import Frozen
 
 if TYPE_CHECKING:
@@ -50,11 +49,7 @@ class Vllm(Frozen):
 
     @model_validator(mode="after")
     def _keeps_its_secret(self) -> Self:
-        parts = urlsplit(self.url or "")
-        if parts.username or parts.password:
-            raise ValueError("url: a password in it would be written into every log; use auth_variable")
-        if self.auth_variable and parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
-            raise ValueError("url: with auth_variable it must be https, else anyone on the way can read the key")
+        check_url(self.url or "", auth_variable=self.auth_variable)
         return self
 
     def open(self, policy: Policy, *, eos_id: int, pad_id: int) -> Generator:  # noqa: ARG002 - nothing is padded here
@@ -169,12 +164,3 @@ class VllmGenerator:
             self.engine.load(version)
             self.loaded = version
         self.handover.forget(but=version)
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

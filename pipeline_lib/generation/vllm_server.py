@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline_lib.errors import GeneratorError
 from pipeline_lib.generation.handover import Version
-from pipeline_lib.generation.http_json import HttpJson, RefusedError
+from pipeline_lib.http_json import HttpJson, RefusedError, SilentError, json_headers
 from pipeline_lib.models.sampling import Sample
 
 if TYPE_CHECKING:
     from pipeline_lib.generation.vllm import Request, Vllm
 
-_LOOK_EVERY_S = 2.0
-"""How long a request to stop waits to be noticed where no answer comes."""
+_SILENT_STEP = "start the server, or check generator.url, generator.timeout_s and generator.retries"
 
 
 @dataclass
@@ -44,7 +43,9 @@ class VllmServer:
             ConfigError: The variable of `auth_variable` is not set.
             GeneratorError: It does not answer, or serves no such model.
         """
-        http = HttpJson.of(settings)
+        assert settings.url is not None
+        headers = json_headers(settings.auth_variable, whose="generator", prefix="Bearer ")
+        http = HttpJson(settings.url, headers, settings.timeout_s, settings.retries, settings.backoff_s)
         served = _served(http)
         name = settings.model or next(iter(served), None)
         if name is None or name not in served:
@@ -58,27 +59,8 @@ class VllmServer:
         """Answer every request, `batch_size` of them at once."""
         if not requests:
             return []
-        pool = ThreadPoolExecutor(max_workers=requests[0].settings.batch_size, thread_name_prefix="vllm")
-        is_complete = False
-        try:
-            asked = [pool.submit(self._complete, request) for request in requests]
-            self._await(asked, on_answer)
-            is_complete = True
-            return [future.result() for future in asked]
-        finally:
-            if not is_complete:
-                # Whoever gave up does not wait for what is still being written: the server stops writing, too.
-                self.http.hang_up()
-            pool.shutdown(wait=True, cancel_futures=True)
-            self.http.pick_up()
-
-    def _await(self, asked: Sequence[Future[list[Sample]]], on_answer: Callable[[int], None]) -> None:
-        left = set(asked)
-        while left:
-            done, left = wait(left, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-            on_answer(len(asked) - len(left))
+        asked = [partial(self._complete, request) for request in requests]
+        return self.http.together(asked, at_once=requests[0].settings.batch_size, on_answer=on_answer)
 
     def load(self, version: Version) -> None:
         """Answer from these weights from now on."""
@@ -98,10 +80,7 @@ class VllmServer:
             self._tell("/v1/unload_lora_adapter", {"lora_name": before}, "look at the server's log")
 
     def _tell(self, path: str, body: Mapping[str, Any], advice: str) -> None:
-        try:
-            self.http.post(path, body)
-        except RefusedError as error:
-            raise GeneratorError(f"{self.http.place}{path}: {error}", next_step=advice) from error
+        _asked(lambda: self.http.post(body, path), f"{self.http.place}{path}", advice)
 
     def _complete(self, request: Request) -> list[Sample]:
         body = {
@@ -112,14 +91,10 @@ class VllmServer:
             body["cache_salt"] = self.salt
         where = f"{self.http.place}/v1/completions"
         num = request.arguments["n"]
+        content = _asked(lambda: self.http.post(body, "/v1/completions"), where,
+                         "look at the server's log; its --max-model-len must hold prompt and response")  # fmt: skip
         try:
-            answer = json.loads(self.http.post("/v1/completions", body))
-            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-        except RefusedError as error:
-            raise GeneratorError(
-                f"{where}: {error}",
-                next_step="look at the server's log; its --max-model-len must hold prompt and response",
-            ) from error
+            choices = sorted(json.loads(content)["choices"], key=lambda choice: int(choice["index"]))
         except json.JSONDecodeError as error:
             raise _unreadable(where, "no JSON") from error
         except (KeyError, TypeError, ValueError) as error:
@@ -132,15 +107,21 @@ class VllmServer:
 def _served(http: HttpJson) -> list[str]:
     """Return the names of models and adapters that requests can ask for."""
     where = f"{http.place}/v1/models"
+    content = _asked(lambda: http.get("/v1/models"), where, "check generator.url and generator.auth_variable")
     try:
-        answer = json.loads(http.get("/v1/models"))
-        return [str(model["id"]) for model in answer["data"]]
-    except RefusedError as error:
-        raise GeneratorError(
-            f"{where}: {error}", next_step="check generator.url and generator.auth_variable"
-        ) from error
+        return [str(model["id"]) for model in json.loads(content)["data"]]
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(where, "no list of models") from error
+
+
+def _asked(request: Callable[[], bytes], where: str, advice: str) -> bytes:
+    """Make a request; say of one that failed where it went, and what may help where the server said no."""
+    try:
+        return request()
+    except RefusedError as error:
+        raise GeneratorError(f"{where}: {error}", next_step=advice) from error
+    except SilentError as error:
+        raise GeneratorError(f"{where} {error}", next_step=_SILENT_STEP) from error
 
 
 def _sample(choice: Mapping[str, Any], request: Request, where: str) -> Sample:

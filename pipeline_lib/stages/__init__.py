@@ -61,6 +61,7 @@ STAGES: dict[str, StageSpec] = dict(
         _spec("rloo", "group", "RlooConfig", in_child=True, is_training=True),
         _spec("grpo", "group", "GrpoConfig", in_child=True, is_training=True),
         _spec("rollouts", "rollouts", "RolloutsConfig", in_child=True),
+        _spec("labels", "labels", "LabelsConfig", in_child=False),
         _spec("evaluate", "evaluate", "EvaluateConfig", in_child=True),
         _spec("gate", "gate", "GateConfig", in_child=False),
         _spec("report", "report", "ReportConfig", in_child=False),

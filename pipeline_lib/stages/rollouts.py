@@ -44,7 +44,8 @@ VERSION = 1
 
 _PROMPTS_PER_PART = 16
 _PART = "rollouts_part"
-_SAMPLES = "samples.jsonl"
+SAMPLES = "samples.jsonl"
+"""Every prompt with all its responses and their scores, in a data set of stage `rollouts`."""
 _COPIED = (Split.REWARD, Split.REWARD_TEST, Split.GATE)
 
 
@@ -168,7 +169,7 @@ def _earlier(inputs: Inputs, context: StageContext) -> Iterator[SampledPrompt]:
             f"earlier rollouts were scored by {scored_by}, these are by {inputs['reward_model']}",
             next_step="use one reward model for all rounds whose responses are kept, or keep: round",
         )
-    for line in context.store.read_lines(before, _SAMPLES):
+    for line in context.store.read_lines(before, SAMPLES):
         yield SampledPrompt.model_validate_json(line)
 
 
@@ -223,25 +224,55 @@ def _write(
     config: RolloutsConfig, inputs: Inputs, context: StageContext, new: list[SampledPrompt], kept: list[SampledPrompt]
 ) -> StageOutput:
     """Write the splits, all samples, and the figures of this round."""
-    comparisons = [comparison(each, compared=config.compared) for each in kept]
-    best = demonstrations(kept, select=config.select, top_frac=config.top_frac)
-    for name, rows in (("policy.jsonl", comparisons), ("sft.jsonl", best)):
-        (context.workdir / name).write_bytes(b"".join(row_line(row) for row in rows))
-    samples = b"".join(canonical_json(each.model_dump(mode="json")) + b"\n" for each in kept)
-    (context.workdir / _SAMPLES).write_bytes(samples)
-    _copy_splits(context, inputs["dataset"])
-
+    num_comparisons, num_demonstrations = write_rows(
+        context, inputs["dataset"], kept, compared=config.compared, select=config.select, top_frac=config.top_frac
+    )
     figures = round_figures(new)
     for point in figures["best_of_n"]:
         context.events.metrics(point["n"], {"rollouts/best_of_n_score": point["score"]})
     write_json(context.workdir / "figures.json", figures)
     metrics = {name: value for name, value in figures.items() if isinstance(value, float)}
     metrics["best_of_k_score"] = figures["best_of_n"][-1]["score"]
-    metrics["comparisons"] = float(sum(row.kind == "comparison" for row in comparisons))
-    metrics["demonstrations"] = float(len(best))
-    summary = {"prompts": len(new), "prompts_of_all_rounds": len(kept), "demonstrations": len(best)}
-    write_json(context.workdir / "summary.json", summary | {"comparisons": int(metrics["comparisons"])})
+    metrics["comparisons"] = float(num_comparisons)
+    metrics["demonstrations"] = float(num_demonstrations)
+    summary = {"prompts": len(new), "prompts_of_all_rounds": len(kept), "demonstrations": num_demonstrations}
+    write_json(context.workdir / "summary.json", summary | {"comparisons": num_comparisons})
     return StageOutput("dataset", context.workdir, dict(metrics))
+
+
+def write_rows(
+    context: StageContext,
+    dataset: ArtifactRef,
+    kept: Sequence[SampledPrompt],
+    *,
+    compared: Compared,
+    select: Selection,
+    top_frac: float,
+) -> tuple[int, int]:
+    """Write the splits and all samples of a data set of scored responses.
+
+    Args:
+        context: The stage's context.
+        dataset: Where the splits come from that hold no samples.
+        kept: Prompts with their responses.
+        compared: See `comparison`.
+        select: See `demonstrations`.
+        top_frac: See `demonstrations`.
+
+    Returns:
+        How many comparisons and how many demonstrations there are.
+
+    Raises:
+        DataError: There is no usable response at all.
+    """
+    comparisons = [comparison(each, compared=compared) for each in kept]
+    best = demonstrations(kept, select=select, top_frac=top_frac)
+    for name, rows in (("policy.jsonl", comparisons), ("sft.jsonl", best)):
+        (context.workdir / name).write_bytes(b"".join(row_line(row) for row in rows))
+    samples = b"".join(canonical_json(each.model_dump(mode="json")) + b"\n" for each in kept)
+    (context.workdir / SAMPLES).write_bytes(samples)
+    _copy_splits(context, dataset)
+    return sum(row.kind == "comparison" for row in comparisons), len(best)
 
 
 def _copy_splits(context: StageContext, dataset: ArtifactRef) -> None:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipeline_lib.models.settings import AdapterSettings, LoraSettings
 from pipeline_lib.registry import PluginSpec
+from pipeline_lib.stages.labels import JudgeLabels, Labels, LabelsConfig, PeopleLabels, RewardModelLabels
 from pipeline_lib.stages.names import Name
 from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.rollout_rows import Compared, Selection
@@ -34,6 +35,8 @@ class RoundsSettings(OfflineSettings):
     """Sampling temperature of each round; the last one holds for all further rounds."""
     start_from: Name = "sft"
     """The model of the first round: `sft`, `base`, or another candidate by name."""
+    labels: Labels = Field(RewardModelLabels(), title="Labels")
+    """Who says in each round which response is better: the reward model, a judge, or people."""
 
     def rollouts(self, number: int) -> RolloutsConfig:
         """Return how round `number`, counted from 1, samples and what it makes of the samples."""
@@ -43,8 +46,19 @@ class RoundsSettings(OfflineSettings):
             max_prompt_tokens=self.max_prompt_tokens, seed=self.seed, **self._rows(),
         )  # fmt: skip
 
+    def labelling(self, round_name: str) -> LabelsConfig | None:
+        """Return how the responses of a round are labelled; None where their scores decide.
+
+        Args:
+            round_name: Name of the file that people label: no other round's, no other samples'.
+        """
+        if isinstance(self.labels, RewardModelLabels):
+            return None
+        file = f"{self.labels.directory}/{round_name}.jsonl" if isinstance(self.labels, PeopleLabels) else ""
+        return LabelsConfig(labels=self.labels, file=file, **self._rows())
+
     def _rows(self) -> dict[str, Any]:
-        """Return the settings of stage `rollouts` that are the method's own."""
+        """Return the settings of stages `rollouts` and `labels` that are the method's own."""
         return {}
 
     def _training(self) -> dict[str, Any]:
@@ -62,6 +76,18 @@ class RejectionSettings(RoundsSettings):
     """The share, of `top_share`."""
     train_from: Literal["previous", "start"] = "previous"
     """Each round trains the model of the round before, or anew the one that the first round began with."""
+
+    @model_validator(mode="after")
+    def _compares_across_prompts(self) -> Self:
+        is_rated = isinstance(self.labels, RewardModelLabels) or (
+            isinstance(self.labels, JudgeLabels) and self.labels.form == "rate"
+        )
+        if self.select == "top_share" and not is_rated:
+            raise ValueError(
+                "select: top_share orders the responses of all prompts, and these labels order those of one prompt "
+                "alone; take labels: {name: judge, form: rate, ...} or select: best_of_prompt"
+            )
+        return self
 
     def sft(self) -> SftConfig:
         """Return how a round trains: earlier turns of a prompt are not the model's own, so they do not count."""
@@ -90,7 +116,10 @@ class BestOfNConfig(RejectionSettings):
 
 
 class SdfConfig(RejectionSettings):
-    """Baize's self-distillation with feedback: the best of four samples trains a new adapter on the SFT model's."""
+    """Baize's self-distillation with feedback: the best of four samples trains a new adapter on the SFT model's.
+
+    Baize lets a language model say which is best: `labels: {name: judge, form: rate, scale: 1-100, ...}`.
+    """
 
     method: Literal["sdf"] = "sdf"
     """The method of this candidate."""
@@ -114,7 +143,7 @@ def _complete(spec: PluginSpec) -> PluginSpec:
 
 
 class IteratedDpoConfig(RoundsSettings):
-    """Iterated DPO: the present model's own responses, ranked by the reward model, are the next round's pairs.
+    """Iterated DPO: the present model's own responses, ranked by the reward model, a judge or people, are its pairs.
 
     The reference of a round is the model that the round begins with.
     """

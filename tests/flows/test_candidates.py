@@ -83,6 +83,26 @@ def test_iterated_dpo_has_the_rounds_own_reference() -> None:
     assert list(recorder.calls) == ["it:round-1:rollouts", "it:round-1:preference"]
 
 
+def test_a_judge_stands_between_sampling_and_training() -> None:
+    judge = {"name": "judge", "endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}
+    recorder, _ = wire({"raft": {"method": "raft", "rounds": 2, "keep": "all", "labels": judge}})
+    found = inputs(recorder)
+    assert found["raft:round-2:labels"] == {"rollouts": "raft:round-2:rollouts"}
+    assert found["raft:round-2:sft"] == {"base_model": "raft:round-1:sft", "dataset": "raft:round-2:labels"}
+    # Samples of earlier rounds come unlabelled: the judge sees all of them, and answers what it has not answered.
+    assert found["raft:round-2:rollouts"]["earlier"] == "raft:round-1:rollouts"
+
+
+def test_people_label_each_round_in_a_file_of_its_own() -> None:
+    recorder, _ = wire({"it": {"method": "iterated_dpo", "rounds": 2, "labels": {"name": "people"}}})
+    found = inputs(recorder)
+    assert found["it:round-1:reference_logps"] == {"sft_model": "sft", "dataset": "it:round-1:labels"}
+    assert found["it:round-1:preference"]["dataset"] == "it:round-1:labels"
+    files = [recorder.calls[f"it:round-{number}:labels"][1].file for number in (1, 2)]
+    samples = [made(f"it:round-{number}:rollouts").id[:12] for number in (1, 2)]
+    assert files == [f"labels/it-round-{number}-{samples[number - 1]}.jsonl" for number in (1, 2)]
+
+
 def test_ppo_goes_on_from_rejection_sampling_whatever_the_order_in_the_file() -> None:
     recorder, trained = wire(
         {"llama2": {"method": "ppo", "start_from": "rejection"}, "rejection": {"method": "raft", "rounds": 1}}

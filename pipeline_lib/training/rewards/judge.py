@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline_lib.errors import ConfigError, RewardError
+from pipeline_lib.feedback.answers import ChatEndpoint, read_recorded, recorded_file
 from pipeline_lib.hashing import sha256_file, sha256_json
+from pipeline_lib.http_json import NoAnswerError
 from pipeline_lib.training.rewards.contract import Resources, Sample
 from pipeline_lib.validation import Frozen
 
@@ -36,13 +35,15 @@ _ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 class Judge(Frozen):
     """The grade that a language model gives, from 0 for the lowest to 1 for the highest of the scale.
 
-    Answers come from the reference, or from a file of recorded answers of any judge.
+    Answers come from the reference, from a language model behind HTTP, or from a file of recorded answers.
 
     Source: Zheng et al. 2023 (arXiv 2306.05685), single-answer grading.
     """
 
     model: Literal["reference"] | None = None
-    """reference: the model that training starts from, so that no other is loaded; null where `recorded` is given."""
+    """reference: the model that training starts from, so that no other is loaded; null where another judge is given."""
+    endpoint: ChatEndpoint | None = None
+    """A language model in the form of OpenAI's chat completions; its `max_new_tokens` count."""
     recorded: str | None = None
     """JSON lines `{"key": ..., "answer": ...}`; the key is the sha256 that `key_of` gives."""
     question: str = QUESTION
@@ -52,12 +53,12 @@ class Judge(Frozen):
     high: int = 10
     """The highest grade."""
     max_new_tokens: int = Field(256, ge=1)
-    """Tokens of the judge's answer, at most."""
+    """Tokens of the reference's answer, at most."""
 
     @model_validator(mode="after")
     def _has_one_judge(self) -> Self:
-        if (self.model is None) == (self.recorded is None):
-            raise ValueError("give one of model and recorded")
+        if sum(judge is not None for judge in (self.model, self.endpoint, self.recorded)) != 1:
+            raise ValueError("give one of model, endpoint and recorded")
         if self.low >= self.high:
             raise ValueError(f"low = {self.low} must be below high = {self.high}")
         if "{response}" not in self.question:
@@ -70,14 +71,14 @@ class Judge(Frozen):
         Raises:
             ConfigError: The file is not there.
         """
-        return {} if self.recorded is None else {self.recorded: sha256_file(self._file(self.recorded))}
+        return {} if self.recorded is None else {self.recorded: sha256_file(recorded_file(self.recorded))}
 
     def score(self, samples: Sequence[Sample], resources: Resources) -> Sequence[float | None]:
         """Return the grade of each response on a scale of 0 to 1.
 
         Raises:
-            ConfigError: The recorded answers are not there.
-            RewardError: A line of them cannot be read.
+            ConfigError: The recorded answers are not there, or the endpoint's secret is not.
+            DataError: A line of the recorded answers cannot be read.
         """
         answers = self._answers(samples, resources)
         return [self._grade(sample, answer, resources) for sample, answer in zip(samples, answers, strict=True)]
@@ -95,16 +96,26 @@ class Judge(Frozen):
         )
 
     def _answers(self, samples: Sequence[Sample], resources: Resources) -> Sequence[str | None]:
-        if self.model is not None:
-            questions = [self.text_for(sample) for sample in samples]
+        if self.recorded is not None:
+            recorded = read_recorded(recorded_file(self.recorded))
+            found = [recorded.get(key_of(sample)) for sample in samples]
+            for sample, answer in zip(samples, found, strict=True):
+                if answer is None:
+                    resources.on_problem(sample, f"the recorded answers have none for {key_of(sample)[:12]}")
+            return found
+        questions = [self.text_for(sample) for sample in samples]
+        if self.endpoint is None:
             return resources.answers_of(questions, max_new_tokens=self.max_new_tokens)
-        assert self.recorded is not None
-        recorded = _read(self._file(self.recorded))
-        return [recorded.get(key_of(sample)) for sample in samples]
+        chat = self.endpoint.open(resources.should_stop)
+        answers: list[str | None] = []
+        for sample, given in zip(samples, chat.ask_all(questions), strict=True):
+            if isinstance(given, NoAnswerError):
+                resources.on_problem(sample, chat.failure(given))
+            answers.append(None if isinstance(given, NoAnswerError) else given)
+        return answers
 
     def _grade(self, sample: Sample, answer: str | None, resources: Resources) -> float | None:
         if answer is None:
-            resources.on_problem(sample, f"the recorded answers have none for {key_of(sample)[:12]}")
             return None
         grades = next((found for mark in _MARKED if (found := mark.findall(answer))), [])
         grade = float(grades[0]) if grades else None
@@ -114,30 +125,7 @@ class Judge(Frozen):
             return None
         return (grade - self.low) / (self.high - self.low)
 
-    @staticmethod
-    def _file(place: str) -> Path:
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"there are no recorded answers at {place}", next_step="give a file of JSON lines")
-        return path
-
 
 def key_of(sample: Sample) -> str:
     """Return the name of a (prompt, response) in a file of recorded answers: the sha256 of their texts."""
     return sha256_json([[[turn.role, turn.content] for turn in sample.prompt], sample.response])
-
-
-def _read(path: Path) -> dict[str, str]:
-    answers: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            answers[str(row["key"])] = str(row["answer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RewardError(
-                f'{path}:{number}: no row of the form {{"key": ..., "answer": ...}}',
-                next_step="correct the line; key is the sha256 of the prompt's and response's texts",
-            ) from error
-    return answers

@@ -11,6 +11,8 @@ from pipeline_lib.stages.rounds_config import BestOfNConfig, IteratedDpoConfig, 
 from pipeline_lib.stages.run_config import RunConfig, start_of
 from pipeline_lib.validation import validate
 
+JUDGE: dict[str, Any] = {"name": "judge", "endpoint": {"url": "http://127.0.0.1:1/v1", "model": "m"}}
+
 
 def run_config(**candidates: dict[str, Any]) -> RunConfig:
     return validate(RunConfig, {"dpo": None, "ppo": None, "candidates": candidates}, where="test")
@@ -33,6 +35,25 @@ def test_the_settings_of_training_are_those_of_every_round() -> None:
     assert dpo.rollouts(2).compared == "best_and_worst"
 
 
+def test_the_labels_of_a_round() -> None:
+    assert RaftConfig().labelling("x") is None
+    people = IteratedDpoConfig.model_validate({"labels": {"name": "people", "directory": "to/label"}}).labelling("x")
+    assert people is not None
+    assert (people.file, people.compared, people.labels.name) == ("to/label/x.jsonl", "best_and_worst", "people")
+    judge = SdfConfig.model_validate(
+        {"select": "top_share", "top_frac": 0.3, "labels": {**JUDGE, "form": "rate", "scale": "1-100"}}
+    ).labelling("x")
+    assert judge is not None
+    assert (judge.file, judge.select, judge.top_frac) == ("", "top_share", 0.3)
+
+
+def test_who_labels_changes_nothing_of_what_is_sampled() -> None:
+    plain, judged = RaftConfig(), RaftConfig.model_validate({"labels": JUDGE})
+    assert plain.rollouts(2) == judged.rollouts(2)
+    assert plain.sft() == judged.sft()
+    assert "labels" not in plain.rollouts(1).model_dump()
+
+
 def test_the_methods_have_the_defaults_of_their_papers() -> None:
     sdf = SdfConfig()
     assert (sdf.rounds, sdf.sampling.samples_per_prompt, sdf.sampling.top_p) == (1, 4, 0.95)
@@ -53,6 +74,30 @@ def test_the_methods_have_the_defaults_of_their_papers() -> None:
         ({"method": "iterated_dpo", "keep": "all"}, "unknown key"),
         ({"method": "raft", "temperatures": []}, "temperatures"),
         ({"method": "raff"}, "did you mean 'raft'"),
+        ({"method": "raft", "labels": {"name": "poeple"}}, "did you mean 'people'"),
+        ({"method": "raft", "labels": {"name": "judge"}}, "give one of endpoint and recorded"),
+        ({"method": "sdf", "select": "top_share", "labels": {"name": "people"}}, "order those of one prompt alone"),
+        ({"method": "raft", "select": "top_share", "labels": JUDGE}, "order those of one prompt alone"),
+        (
+            {
+                "method": "sdf",
+                "labels": {
+                    **JUDGE,
+                    "endpoint": {"url": "http://far.example", "model": "m", "auth_variable": "PREFLINE_JUDGE_KEY"},
+                },
+            },
+            "must be https",
+        ),
+        (
+            {
+                "method": "sdf",
+                "labels": {
+                    **JUDGE,
+                    "endpoint": {"url": "https://far.example", "model": "m", "auth_variable": "AWS_SECRET_ACCESS_KEY"},
+                },
+            },
+            "auth_variable",
+        ),
         ({"method": "raft", "start_from": "stf"}, "no candidate 'stf'"),
         ({"method": "raft", "start_from": "one"}, "one -> one goes round in a circle"),
     ],

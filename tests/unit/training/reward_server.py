@@ -1,4 +1,4 @@
-"""A scorer behind HTTP for the tests of reward sources."""
+"""A service behind HTTP for the tests of reward sources and judges."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Scorer:
     """A server whose next answers are set beforehand, and which keeps what it was asked."""
 
     url: str = ""
+    otherwise: Callable[[Any], Answer | None] | None = None
+    """Answers where no answer is set; None: the responses' lengths as scores."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
     answers: list[Callable[[Any], Answer | None]] = field(default_factory=list)
     asked: list[tuple[dict[str, str], Any]] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
@@ -47,8 +50,10 @@ def scorer() -> Iterator[Scorer]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            served.asked.append((dict(self.headers), body))
-            answer = (served.answers.pop(0) if served.answers else lengths)(body)
+            with served.lock:
+                served.asked.append((dict(self.headers), body))
+                answering = served.answers.pop(0) if served.answers else served.otherwise or lengths
+            answer = answering(body)
             if answer is None:  # says nothing until the test is over
                 served.released.wait()
                 return

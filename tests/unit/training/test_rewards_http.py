@@ -36,7 +36,7 @@ def test_a_scorer_that_stays_broken_costs_its_chunk_alone(scorer: Scorer) -> Non
     scorer.answers = [status(500), status(500)]
     spec = scorer.spec(retries=1, samples_per_request=1)
     assert scored(spec, samples("ab", "abc"), heard.resources()) == [None, 3.0]
-    assert heard.problems == [("row0", f"{scorer.url} answered 500 Internal Server Error")]
+    assert heard.problems == [("row0", f"{scorer.url} did not answer in 2 tries; the last: 500 Internal Server Error")]
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_a_scorer_that_stays_broken_costs_its_chunk_alone(scorer: Scorer) -> Non
         (status(404), "answered 404 Not Found"),
         (status(302, Location="http://127.0.0.1:9/"), "answered 302 Found"),
         (status(307, Location="http://127.0.0.1:9/"), "answered 307 Temporary Redirect"),
-        (text("<html>"), "did not answer with {'scores': [...]}"),
-        (text("[1]"), "did not answer with {'scores': [...]}"),
-        (text('{"scores": 1}'), "did not answer with {'scores': [...]}"),
+        (text("<html>"), "answered without {'scores': [...]}"),
+        (text("[1]"), "answered without {'scores': [...]}"),
+        (text('{"scores": 1}'), "answered without {'scores': [...]}"),
         (text('{"scores": [1, 2]}'), "answered 2 scores for 1 responses"),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_silent_scorer_is_given_up(scorer: Scorer) -> None:
     heard = Heard()
     scorer.answers = [lambda _: None]
     assert scored(scorer.spec(timeout_s=0.2, retries=0), samples("ab"), heard.resources()) == [None]
-    assert heard.problems == [("row0", f"{scorer.url} cannot be reached: timed out")]
+    assert heard.problems == [("row0", f"{scorer.url} did not answer in 1 try; the last: TimeoutError: timed out")]
 
 
 def test_a_scorer_that_is_away(scorer: Scorer) -> None:
@@ -84,7 +84,7 @@ def test_a_scorer_that_is_away(scorer: Scorer) -> None:
     spec = {"name": "http", "url": "http://127.0.0.1:1/?key=hidden", "retries": 1, "backoff_s": 0}
     assert scored(spec, samples("ab"), heard.resources()) == [None]
     ((_, reason),) = heard.problems
-    assert reason.startswith("http://127.0.0.1:1/ cannot be reached: ")
+    assert reason.startswith("http://127.0.0.1:1/ did not answer in 2 tries; the last: ConnectionRefusedError")
     assert "hidden" not in reason
 
 

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
-from pipeline_lib.errors import ConfigError, RewardError
+from pipeline_lib.errors import ConfigError, DataError
 from pipeline_lib.schema import Message
 from pipeline_lib.training.rewards import REWARD_SOURCES
 from pipeline_lib.training.rewards.contract import Resources
 from pipeline_lib.training.rewards.judge import Judge, key_of
+from tests.unit.training.judge_server import endpoint, saying
 from tests.unit.training.reward_samples import Heard, sample, samples, scored
+from tests.unit.training.reward_server import Scorer, scorer, status
+
+__all__ = ["scorer"]
 
 
 @pytest.mark.parametrize(
@@ -95,15 +99,16 @@ def test_recorded_answers_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recorded answers at"):
         scored({"name": "judge", "recorded": str(path)}, [sample("a")])
     path.write_text('{"key": "a", "answer": "[[1]]"}\n{"key": "a"}\n')
-    with pytest.raises(RewardError, match=r"answers.jsonl:2: no row of the form"):
+    with pytest.raises(DataError, match=r"answers.jsonl:2: no row of the form"):
         scored({"name": "judge", "recorded": str(path)}, [sample("a")])
 
 
 @pytest.mark.parametrize(
     ("parameters", "complaint"),
     [
-        ({}, "give one of model and recorded"),
-        ({"model": "reference", "recorded": "x"}, "give one of model and recorded"),
+        ({}, "give one of model, endpoint and recorded"),
+        ({"model": "reference", "recorded": "x"}, "give one of model, endpoint and recorded"),
+        ({"model": "reference", "endpoint": {"url": "http://x", "model": "m"}}, "give one of model, endpoint and"),
         ({"model": "reference", "low": 3, "high": 3}, "must be below"),
         ({"model": "reference", "question": "Good?"}, "never sees"),
     ],
@@ -111,6 +116,26 @@ def test_recorded_answers_that_cannot_be_read(tmp_path: Path) -> None:
 def test_bad_parameters_are_refused(parameters: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         REWARD_SOURCES.build({"name": "judge", **parameters})
+
+
+def test_a_service_grades_several_at_once(scorer: Scorer) -> None:
+    scorer.otherwise = saying(lambda _: "Fine. [[10]]")
+    assert scored({"name": "judge", "endpoint": endpoint(scorer)}, samples("a", "b", "c")) == [1.0, 1.0, 1.0]
+    assert all("[The assistant's answer]" in body["messages"][0]["content"] for _, body in scorer.asked)
+    heard = Heard()
+    scorer.answers = [status(400), saying(lambda _: "Well.")]
+    spec = {"name": "judge", "endpoint": endpoint(scorer, at_once=1)}
+    assert scored(spec, samples("a", "b", "c"), heard.resources()) == [None, None, 1.0]
+    assert heard.problems == [
+        ("row0", f"{scorer.url} answered 400 Bad Request"), ("row1", "the judge gave no grade of 1 to 10: 'Well.'"),
+    ]  # fmt: skip
+
+
+def test_asked_to_end_it_does_not_wait_for_answers(scorer: Scorer) -> None:
+    scorer.answers = [saying(lambda _: "[[10]]"), lambda _: None]
+    spec = {"name": "judge", "endpoint": endpoint(scorer, at_once=1, timeout_s=3600)}
+    resources = Heard().resources(should_stop=lambda: True)
+    assert scored(spec, samples("a", "b", "c"), resources) == [1.0, None, None]
 
 
 def test_a_stage_without_a_model_to_judge_says_so() -> None:
