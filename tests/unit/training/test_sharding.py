@@ -6,9 +6,6 @@ The processes are started once and train every case; each test looks at one.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,6 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -52,10 +48,10 @@ from tests.toy import (
     stop_before,
     weights_of,
 )
+from tests.unit.training.two_processes import SIZE, run_together
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-SIZE = 2
 STEADY = {"epsilon": 1e-5, "schedule": "cosine", "warmup_frac": 0.3}
 
 
@@ -141,12 +137,8 @@ RESUMED = CASES["sft-averaged-stopped"]
 """The case that is stopped and goes on: weights, moments, averages and best weights are in its checkpoints."""
 
 
-def train_all(rank: int, port: int, directory: Path, workdir: Path) -> None:
+def train_all(rank: int, directory: Path, workdir: Path) -> None:
     """One process of the group: train every case, and leave the weights in files."""
-    os.environ.update(
-        {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    )
-    torch.set_num_threads(1)
     for name, case in CASES.items():
         recipe = case.make(directory)
         loop = World.at(workdir / name / str(rank)).loop(recipe, case.settings, is_sharded=True)
@@ -154,7 +146,6 @@ def train_all(rank: int, port: int, directory: Path, workdir: Path) -> None:
         series = loop.run()
         save(workdir / f"{name}-{rank}", recipe, {"series": series, "held": held})
     resume_everywhere(rank, directory, workdir)
-    distributed.destroy_process_group()
 
 
 def resume_everywhere(rank: int, directory: Path, workdir: Path) -> None:
@@ -192,12 +183,6 @@ def save(place: Path, recipe: Recipe, figures: dict[str, Any]) -> None:
     place.with_suffix(".json").write_text(json.dumps(figures))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def trained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where two processes left what they trained."""
@@ -208,17 +193,7 @@ def trained(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     world.should_stop = stop_before(2, loop)
     with pytest.raises(InterruptedRunError):
         loop.run()
-    context = multiprocessing.get_context("spawn")
-    port = free_port()
-    group = [context.Process(target=train_all, args=(rank, port, directory, workdir)) for rank in range(SIZE)]
-    for process in group:
-        process.start()
-    for process in group:
-        process.join(300)
-        if process.exitcode != 0:
-            for other in group:
-                other.kill()
-        assert process.exitcode == 0
+    run_together(train_all, directory, workdir)
     return workdir
 
 
