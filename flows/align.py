@@ -21,6 +21,7 @@ from pipeline_lib.stages.pretraining import pin_pretraining
 from pipeline_lib.stages.promote import Promotion, incumbent
 from pipeline_lib.stages.report import ReportConfig, further_inputs
 from pipeline_lib.stages.run_config import RunConfig
+from pipeline_lib.stages.sft import selection_input
 from pipeline_lib.validation import Frozen
 from tasks.promotion import promote_winner
 from tasks.services import Services, open_services
@@ -61,7 +62,8 @@ def align(config: RunConfig = RunConfig(), start: RoundStart | None = None) -> A
 
 
 def _run(config: RunConfig, services: Services, start: RoundStart | None) -> AlignResult:
-    stage = Stages(services)
+    stage, before = Stages(services), start or RoundStart()
+    judge = selection_input(config.sft, services.store, before.reward_model)
     base = stage("base_model", config.model)
     check_memory(config, base, services.store)
     rows = stage("collect", pin_sources(config.collect, open_places(services.store)))
@@ -69,7 +71,7 @@ def _run(config: RunConfig, services: Services, start: RoundStart | None) -> Ali
     if config.sample.max_prompts > 0:
         dataset = stage("sample", config.sample, base_model=base, dataset=dataset)
 
-    sft, reward = _sft_and_reward(config, stage, start or RoundStart(), base=base, dataset=dataset)
+    sft, reward = _sft_and_reward(config, stage, before, {"base_model": base, "dataset": dataset, **judge})
     rewards = {
         name: stage.named(f"reward:{name}", "reward", further, {"sft_model": sft, "dataset": dataset})
         for name, further in config.reward_models.items()
@@ -107,17 +109,17 @@ def _label(config: RunConfig, start: RoundStart | None) -> str:
 
 
 def _sft_and_reward(
-    config: RunConfig, stage: Stages, start: RoundStart, *, base: ArtifactRef, dataset: ArtifactRef
+    config: RunConfig, stage: Stages, start: RoundStart, inputs: dict[str, ArtifactRef]
 ) -> tuple[ArtifactRef, ArtifactRef]:
     """Train the SFT model and the reward model; a further round only those that its schedule says."""
     retrain = config.iterate.retrain
     if start.model is None or "sft" in retrain:
         pinned = pin_pretraining(config.sft, open_places(stage.services.store))
-        sft = stage("sft", pinned, base_model=start.model or base, dataset=dataset)
+        sft = stage("sft", pinned, **inputs | {"base_model": start.model or inputs["base_model"]})
     else:
         sft = start.model
     if start.reward_model is None or "reward" in retrain:
-        return sft, stage("reward", config.reward, sft_model=sft, dataset=dataset)
+        return sft, stage("reward", config.reward, sft_model=sft, dataset=inputs["dataset"])
     return sft, start.reward_model
 
 

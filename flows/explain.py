@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline_lib.errors import ConfigError, TrackingError
-from pipeline_lib.schema import ArtifactRef
-from pipeline_lib.stages.lineage import describe
-from pipeline_lib.storage.store import ArtifactStore
+from pipeline_lib.errors import TrackingError
+from pipeline_lib.stages.lineage import artifact_named, describe
 from pipeline_lib.tracking import ARTIFACT_TAG, ModelRegistry
 from tasks.services import open_store, tracking_settings
 
@@ -23,12 +21,12 @@ def explain(target: str, *, home: Path, num_rows: int) -> str:
     """
     with open_store(home) as (storage, store):
         if not target.startswith(_SCHEME):
-            return describe(store, _by_id(store, target), num_rows=num_rows)
+            return describe(store, artifact_named(store, target), num_rows=num_rows)
         registry = ModelRegistry(tracking_settings(home, storage))
         name, version, tags = _version(registry, target)
         lines = [f"{name} version {version}"]
         lines += [f"    tag       {key} = {value}" for key, value in sorted(tags.items())]
-        model = _by_id(store, tags[ARTIFACT_TAG])
+        model = artifact_named(store, tags[ARTIFACT_TAG])
         verdict_id = tags.get("prefline.verdict_id")
         shown = f"verdict/{verdict_id[:12]} (prefline explain {verdict_id})" if verdict_id else "none"
         verdict = f"\nEvidence: {shown}\n"
@@ -53,15 +51,3 @@ def _version(registry: ModelRegistry, target: str) -> tuple[str, str, dict[str, 
             next_step="write models:/NAME@alias or models:/NAME/1",
         )
     return name, version, tags
-
-
-def _by_id(store: ArtifactStore, text: str) -> ArtifactRef:
-    """Find an artifact by its id, the beginning of it, or `kind/sha12`."""
-    start = text.rpartition("/")[2]
-    found = [ref for ref in store.list_artifacts() if ref.id.startswith(start)]
-    if len(found) != 1:
-        raise ConfigError(
-            f"{len(found)} artifacts begin with {start!r}",
-            next_step="give more of the id; `prefline explain models:/NAME@alias` prints ids",
-        )
-    return found[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline_lib.generation.slots import LayerStates
-from pipeline_lib.models.logprobs import logit_scale
+from pipeline_lib.models.logprobs import logits_of
 
 _MAX_TOKENS = 4096
 """Tokens of one forward, at most, unless one prompt alone has more."""
@@ -64,8 +64,7 @@ class Prefiller:
         input_GT = torch.tensor([ids + [self.pad_id] * (width - len(ids)) for ids in own], device=device)
         hidden_GTD = self._run(input_GT, cache, first_position=self.shared)
         last_GD = hidden_GTD[torch.arange(len(own), device=device), torch.tensor([len(ids) - 1 for ids in own])]
-        head: nn.Module = self.model.get_output_embeddings()
-        logits_GV = (head(last_GD) * logit_scale(self.model)).float().cpu()
+        logits_GV = logits_of(self.model, last_GD).float().cpu()
         num_virtual = int(cache.layers[0].keys.shape[2]) - self.shared - width
         found = []
         for row, ids in enumerate(own):

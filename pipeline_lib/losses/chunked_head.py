@@ -27,6 +27,15 @@ class ChunkValues(NamedTuple):
     """d value / d logits, in a buffer that the next chunk overwrites."""
 
 
+class LogitsFrom(NamedTuple):
+    """How the head's products become logits: softcap tanh((hidden @ head^T + bias) / softcap) / temperature."""
+
+    chunk_tokens: int
+    temperature: float = 1.0
+    softcap: float | None = None
+    """Logits stay within -+ this; None: as they come (Gemma 2 caps them at 30)."""
+
+
 class Measure(Protocol):
     """A figure of each token's distribution."""
 
@@ -37,18 +46,17 @@ class Measure(Protocol):
 class ChunkedHead:
     """A head with buffers for one chunk, used again for the next: to allocate them anew costs more than a softmax."""
 
-    def __init__(
-        self, like_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, chunk_tokens: int, temperature: float
-    ) -> None:
-        """Take the head, hidden states whose format and device count, the chunk and the softmax's temperature."""
+    def __init__(self, like_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: LogitsFrom) -> None:
+        """Take the head, hidden states whose format and device count, and what makes logits of the products."""
         narrow = _product_format(like_ND)
         wide = torch.promote_types(narrow, torch.float32)
-        shape = (min(chunk_tokens, like_ND.shape[0]), weight_VD.shape[0])
-        self.weight_VD = weight_VD.to(narrow)
-        self.bias_V, self.chunk_tokens, self.temperature = bias_V, chunk_tokens, temperature
+        shape = (min(how.chunk_tokens, like_ND.shape[0]), weight_VD.shape[0])
+        self.weight_VD, self.bias_V = weight_VD.to(narrow), bias_V
+        self.chunk_tokens, self.temperature, self.softcap = how
         self._product_CV = like_ND.new_empty(shape, dtype=narrow)
         self._logits_CV = self._product_CV if narrow == wide else like_ND.new_empty(shape, dtype=wide)
         self._prob_CV = like_ND.new_empty(shape, dtype=wide)
+        self._slope_CV = None if self.softcap is None else like_ND.new_empty(shape, dtype=wide)
 
     def parts(self, num_tokens: int) -> Iterator[slice]:
         """Cut N tokens into chunks."""
@@ -56,7 +64,7 @@ class ChunkedHead:
             yield slice(start, min(start + self.chunk_tokens, num_tokens))
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Return logits / temperature in float32 or wider; the next call overwrites them."""
+        """Return the capped logits / temperature in float32 or wider; the next call overwrites them."""
         rows = hidden_CD.shape[0]
         torch.mm(hidden_CD.to(self.weight_VD.dtype), self.weight_VD.T, out=self._product_CV[:rows])
         logits_CV = self._logits_CV[:rows]
@@ -64,6 +72,11 @@ class ChunkedHead:
             logits_CV.copy_(self._product_CV[:rows])
         if self.bias_V is not None:
             logits_CV += self.bias_V
+        if self.softcap is not None and self._slope_CV is not None:
+            logits_CV.div_(self.softcap).tanh_()
+            # Kept for the gradient: d cap tanh(z / cap) / dz = 1 - tanh^2(z / cap).
+            torch.mul(logits_CV, logits_CV, out=self._slope_CV[:rows]).neg_().add_(1.0)
+            logits_CV *= self.softcap
         if self.temperature != 1.0:
             logits_CV /= self.temperature
         return logits_CV
@@ -74,6 +87,10 @@ class ChunkedHead:
         # The largest probability is 1 / sum exp(z - max z): two maxima are cheaper than a second exponential.
         return prob_CV, logits_CV.amax(-1) - prob_CV.amax(-1).log()
 
+    def below_cap(self, grad_CV: Tensor) -> Tensor:
+        """Take a gradient in the last logits back through their cap, in place."""
+        return grad_CV if self._slope_CV is None else grad_CV.mul_(self._slope_CV[: grad_CV.shape[0]])
+
     def narrow(self, grad_CV: Tensor) -> Tensor:
         """Return a gradient in the format of the products, in the buffer of the logits."""
         if grad_CV.dtype == self._product_CV.dtype:
@@ -82,10 +99,9 @@ class ChunkedHead:
 
 
 def per_token(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, measure: Measure, *,
-    chunk_tokens: int, temperature: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Measure each token's distribution, softmax(hidden @ head^T / temperature), with gradient.
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, measure: Measure, how: LogitsFrom
+) -> tuple[Tensor, Tensor | None]:
+    """Measure each token's distribution, the softmax of its logits, with gradient.
 
     Returns:
         `(value_N, detail_N)` in float32 or wider; only the value carries a gradient.
@@ -95,10 +111,9 @@ def per_token(
     )
     if not learned:
         with torch.no_grad():
-            head = ChunkedHead(hidden_ND, weight_VD, bias_V, chunk_tokens=chunk_tokens, temperature=temperature)
-            return _values(head, hidden_ND, measure)
+            return _values(ChunkedHead(hidden_ND, weight_VD, bias_V, how), hidden_ND, measure)
     value_N, detail_N = _PerToken.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, bias_V, measure, chunk_tokens, temperature
+        hidden_ND, weight_VD, bias_V, measure, how
     )
     return value_N, detail_N
 
@@ -123,7 +138,8 @@ def _values(
             details.append(found.detail_C)
         if grad_ND is not None:
             assert found.grad_CV is not None
-            grad_ND[part] = (head.narrow(found.grad_CV) @ head.weight_VD) / head.temperature
+            narrow_CV = head.narrow(head.below_cap(found.grad_CV))
+            grad_ND[part] = (narrow_CV @ head.weight_VD) / head.temperature
     if not details and hidden_ND.shape[0]:
         return torch.cat(values), None
     return torch.cat(values), torch.cat([values[0], *details])
@@ -134,16 +150,15 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, measure: Measure,
-        chunk_tokens: int, temperature: float,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, measure: Measure, how: LogitsFrom
+    ) -> tuple[Tensor, Tensor | None]:
         """Return value and detail of each token."""
-        head = ChunkedHead(hidden_ND, weight_VD, bias_V, chunk_tokens=chunk_tokens, temperature=temperature)
+        head = ChunkedHead(hidden_ND, weight_VD, bias_V, how)
         ctx.is_head_learned = any(ctx.needs_input_grad[1:3])
         if ctx.is_head_learned:
             value_N, detail_N = _values(head, hidden_ND, measure)
             ctx.save_for_backward(hidden_ND, weight_VD, bias_V)
-            ctx.measure, ctx.chunk_tokens, ctx.temperature = measure, chunk_tokens, temperature
+            ctx.measure, ctx.how = measure, how
         else:
             grad_ND = torch.empty_like(hidden_ND)
             value_N, detail_N = _values(head, hidden_ND, measure, grad_ND)
@@ -158,20 +173,20 @@ class _PerToken(torch.autograd.Function):
         """Push the gradient of the values through the head."""
         if not ctx.is_head_learned:
             (grad_ND,) = ctx.saved_tensors
-            return (grad_ND * grad_N.to(grad_ND.dtype)[:, None], *[None] * 5)
-        return (*_through_learned_head(ctx, grad_N), None, None, None)
+            return (grad_ND * grad_N.to(grad_ND.dtype)[:, None], *[None] * 4)
+        return (*_through_learned_head(ctx, grad_N), None, None)
 
 
 def _through_learned_head(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden states, head and bias, from logits computed again."""
     hidden_ND, weight_VD, bias_V = ctx.saved_tensors
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    head = ChunkedHead(hidden_ND, weight_VD, bias_V, chunk_tokens=ctx.chunk_tokens, temperature=ctx.temperature)
+    head = ChunkedHead(hidden_ND, weight_VD, bias_V, ctx.how)
     grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
     grad_weight = torch.zeros_like(head.weight_VD) if needs_weight else None
     grad_bias = torch.zeros_like(bias_V) if needs_bias else None
     for part in head.parts(hidden_ND.shape[0]):
-        grad_CV = ctx.measure(head, hidden_ND[part], part, with_gradient=True).grad_CV
+        grad_CV = head.below_cap(ctx.measure(head, hidden_ND[part], part, with_gradient=True).grad_CV)
         grad_CV *= grad_N[part, None]
         if grad_bias is not None:
             grad_bias += (grad_CV.sum(0) / head.temperature).to(grad_bias.dtype)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline_lib.losses.chunked_head import ChunkedHead, ChunkValues, per_token
+from pipeline_lib.losses.chunked_head import ChunkedHead, ChunkValues, LogitsFrom, per_token
 
 
 def token_logps_from_hidden(
@@ -21,9 +21,12 @@ def token_logps_from_hidden(
     head_bias_V: Tensor | None = None,
     chunk_tokens: int,
     temperature: float = 1.0,
+    softcap: float | None = None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute log softmax(hidden @ head^T / temperature)[label] for each token, in chunks.
+    """Compute log softmax(logits / temperature)[label] for each token, in chunks.
+
+    logits = hidden @ head^T + bias; with a cap, softcap tanh((hidden @ head^T + bias) / softcap).
 
     Only C x V logits are in memory at once, in the forward and in the backward pass. The softmax is
     taken in float32, in float64 where the hidden states are float64.
@@ -35,19 +38,18 @@ def token_logps_from_hidden(
         head_bias_V: The head's bias, where it has one.
         chunk_tokens: C.
         temperature: Divides the logits, as when sampling (N-details 10).
+        softcap: Bounds the logits smoothly, before the temperature (Gemma 2: 30); None: no bound.
         with_entropy: Also return the entropy of each distribution, in nats, without gradient.
 
     Returns:
         `(token_logp_N, entropy_N)`, float32 or float64; `entropy_N` is None unless asked for.
 
     Raises:
-        ValueError: The shapes do not fit, or the temperature or the chunk is not above 0.
+        ValueError: The shapes do not fit, or the temperature, the cap or the chunk is not above 0.
     """
-    _check(hidden_ND, head_weight_VD, head_bias_V, chunk_tokens, temperature, labels_N=labels_N)
-    token_logp_N, entropy_N = per_token(
-        hidden_ND, head_weight_VD, head_bias_V, _LabelLogp(labels_N, with_entropy),
-        chunk_tokens=chunk_tokens, temperature=temperature,
-    )  # fmt: skip
+    how = LogitsFrom(chunk_tokens, temperature, softcap)
+    _check(hidden_ND, head_weight_VD, head_bias_V, how, labels_N=labels_N)
+    token_logp_N, entropy_N = per_token(hidden_ND, head_weight_VD, head_bias_V, _LabelLogp(labels_N, with_entropy), how)
     return token_logp_N, entropy_N if with_entropy else None
 
 
@@ -59,11 +61,14 @@ def mean_logps_from_hidden(
     *,
     head_bias_V: Tensor | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = 256,
 ) -> Tensor:
     """Return the mean over the vocabulary of each token's log-probabilities, with gradient.
 
     mean_v log p_v = mean_v z_v - (z_label - log p_label): the mean of the logits is the hidden
     state times the mean row of the head, so no logits are formed beyond those of the labels.
+    Capped logits have no such mean: there they are formed again, in chunks.
 
     Args:
         hidden_ND: As given to `token_logps_from_hidden`.
@@ -72,6 +77,8 @@ def mean_logps_from_hidden(
         token_logp_N: What it returned.
         head_bias_V: As given there.
         temperature: As given there.
+        softcap: As given there.
+        chunk_tokens: Tokens of a chunk, where logits are formed.
 
     Returns:
         `(N,)`, in the format of `token_logp_N`.
@@ -79,7 +86,10 @@ def mean_logps_from_hidden(
     Raises:
         ValueError: The shapes do not fit.
     """
-    _check(hidden_ND, head_weight_VD, head_bias_V, 1, temperature, labels_N=labels_N, token_logp_N=token_logp_N)
+    how = LogitsFrom(chunk_tokens, temperature, softcap)
+    _check(hidden_ND, head_weight_VD, head_bias_V, how, labels_N=labels_N, token_logp_N=token_logp_N)
+    if softcap is not None:
+        return per_token(hidden_ND, head_weight_VD, head_bias_V, _mean_logp, how)[0]
     wide_ND = hidden_ND.to(token_logp_N.dtype)
     # One product with the difference of the rows: the two logits apart would lose digits to each other.
     apart_ND = head_weight_VD.mean(0, dtype=wide_ND.dtype) - head_weight_VD[labels_N].to(wide_ND.dtype)
@@ -121,6 +131,8 @@ def full_kl_from_hidden(
     ref_head_bias_V: Tensor | None = None,
     chunk_tokens: int,
     temperature: float = 1.0,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
 ) -> Tensor:
     """Compute KL(policy || reference) = sum_v p_v (log p_v - log q_v) at each token, in chunks.
 
@@ -135,28 +147,26 @@ def full_kl_from_hidden(
         ref_head_bias_V: The reference's bias.
         chunk_tokens: C.
         temperature: Divides both models' logits.
+        softcap: The policy's cap on its logits, where it has one.
+        ref_softcap: The reference's.
 
     Returns:
         `(N,)`, nats, float32 or float64.
 
     Raises:
-        ValueError: The shapes do not fit, or the temperature or the chunk is not above 0.
+        ValueError: The shapes do not fit, or the temperature, a cap or the chunk is not above 0.
     """
-    _check(hidden_ND, head_weight_VD, head_bias_V, chunk_tokens, temperature)
-    _check(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, chunk_tokens, temperature)
+    how, ref_how = (LogitsFrom(chunk_tokens, temperature, cap) for cap in (softcap, ref_softcap))
+    _check(hidden_ND, head_weight_VD, head_bias_V, how)
+    _check(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, ref_how)
     if hidden_ND.shape[0] != ref_hidden_ND.shape[0] or head_weight_VD.shape[0] != ref_head_weight_VD.shape[0]:
         raise ValueError(
             f"policy and reference must have as many tokens and words: {hidden_ND.shape[0]} and "
             f"{ref_hidden_ND.shape[0]} tokens, {head_weight_VD.shape[0]} and {ref_head_weight_VD.shape[0]} words"
         )
     with torch.no_grad():
-        reference = ChunkedHead(
-            ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, chunk_tokens=chunk_tokens, temperature=temperature
-        )
-    kl_N, _ = per_token(
-        hidden_ND, head_weight_VD, head_bias_V, _FullKl(reference, ref_hidden_ND.detach()),
-        chunk_tokens=chunk_tokens, temperature=temperature,
-    )  # fmt: skip
+        reference = ChunkedHead(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, ref_how)
+    kl_N, _ = per_token(hidden_ND, head_weight_VD, head_bias_V, _FullKl(reference, ref_hidden_ND.detach()), how)
     return kl_N
 
 
@@ -181,6 +191,14 @@ class _LabelLogp:
         return ChunkValues(logp_C, entropy_C, grad_CV.scatter_add_(1, labels_C1, torch.ones_like(logp_C)[:, None]))
 
 
+def _mean_logp(head: ChunkedHead, hidden_CD: Tensor, part: slice, *, with_gradient: bool) -> ChunkValues:  # noqa: ARG001
+    """Measure the mean over the vocabulary of log p; its gradient in the logits is 1 / V - p."""
+    logits_CV = head.logits(hidden_CD)
+    prob_CV, normalizer_C = head.softmax(logits_CV)
+    mean_C = logits_CV.mean(-1) - normalizer_C
+    return ChunkValues(mean_C, None, prob_CV.neg_().add_(1 / prob_CV.shape[1]) if with_gradient else None)
+
+
 @dataclass(frozen=True)
 class _FullKl:
     """sum_v p_v d_v with d = log p - log q; its gradient in the logits is p (d - KL)."""
@@ -199,10 +217,7 @@ class _FullKl:
         return ChunkValues(kl_C, None, grad_CV)
 
 
-def _check(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, chunk_tokens: int, temperature: float,
-    **per_token_N: Tensor,
-) -> None:  # fmt: skip
+def _check(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: LogitsFrom, **per_token_N: Tensor) -> None:
     for values_N in per_token_N.values():
         if hidden_ND.ndim != 2 or hidden_ND.shape[1] != weight_VD.shape[1] or values_N.shape != hidden_ND.shape[:1]:
             raise ValueError(
@@ -213,8 +228,9 @@ def _check(
         raise ValueError(f"hidden {tuple(hidden_ND.shape)} and head {tuple(weight_VD.shape)} must be (N, D) and (V, D)")
     if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
         raise ValueError(f"bias {tuple(bias_V.shape)} must be (V,), V = {weight_VD.shape[0]}")
-    if not temperature > 0 or chunk_tokens < 1:
-        raise ValueError(f"temperature {temperature} and chunk_tokens {chunk_tokens} must be above 0")
+    if not how.temperature > 0 or how.chunk_tokens < 1 or not (how.softcap is None or how.softcap > 0):
+        capped = "" if how.softcap is None else f", softcap {how.softcap}"
+        raise ValueError(f"temperature {how.temperature}{capped} and chunk_tokens {how.chunk_tokens} must be above 0")
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pipeline_lib.errors import ModelNotFoundError
-from pipeline_lib.models.logprobs import require_plain_head
+from pipeline_lib.models.logprobs import require_known_logits
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.models.virtual_tokens import FOLDER, attach_saved, virtual_tokens_of
 from pipeline_lib.text.chat_template import ChatTokenizer
@@ -124,12 +124,12 @@ def load_causal_model(directory: Path, *, dtype: torch.dtype) -> PreTrainedModel
     Virtual tokens of the folder are attached, frozen.
 
     Raises:
-        ConfigError: The model changes its logits after its head.
+        ConfigError: The model changes its logits after its head in a way that is not known.
     """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
-    require_plain_head(model.eval())
+    require_known_logits(model.eval())
     return attach_saved(model, directory)
 
 

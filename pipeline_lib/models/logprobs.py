@@ -26,33 +26,47 @@ def logit_scale(model: PreTrainedModel) -> float:
 
     Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`.
     """
-    divisor, factor = (getattr(model.config, name, None) for name in ("logits_scaling", "logit_scale"))
+    config = model.config.get_text_config()
+    divisor, factor = (getattr(config, name, None) for name in ("logits_scaling", "logit_scale"))
     if isinstance(divisor, int | float) and divisor:
         return 1.0 / float(divisor)
     return float(factor) if isinstance(factor, int | float) and factor else 1.0
 
 
-@torch.inference_mode()
-def require_plain_head(model: PreTrainedModel) -> None:
-    """Refuse a language model that changes its logits after the head, as Gemma 2 caps them.
+def logit_cap(model: PreTrainedModel) -> float | None:
+    """Return the bound c of a model that makes c tanh(logits / c) of its logits, as Gemma 2 does; None in most."""
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return next((float(cap) for cap in found if isinstance(cap, int | float) and cap > 0), None)
 
-    Log-probabilities are taken from the head's own output, at most scaled, so they would silently be
-    another model's.
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return the logits `(..., V)` that a model makes of hidden states `(..., D)`: scaled, and capped, as it does."""
+    logits: Tensor = model.get_output_embeddings()(hidden) * logit_scale(model)
+    cap = logit_cap(model)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.inference_mode()
+def require_known_logits(model: PreTrainedModel) -> None:
+    """Refuse a language model that changes its logits after the head in a way that is not known here.
+
+    Log-probabilities are taken from the head's own output, scaled and capped where the configuration
+    says so; with any other change they would silently be another model's.
 
     Raises:
         ConfigError: The model's logits are not those of its head.
     """
     ids = torch.arange(4, device=model.device)[None]
     backbone: nn.Module = model.base_model
-    scale = logit_scale(model)
-    of_head = model.get_output_embeddings()(backbone(input_ids=ids, use_cache=False).last_hidden_state).float() * scale
+    of_head = logits_of(model, backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
     of_model = model(input_ids=ids, use_cache=False).logits.float()
     # 2 % is far above what bf16 loses and far below what a cap changes.
     if float((of_head - of_model).abs().max()) > 0.02 * float(of_head.abs().max()):
         raise ConfigError(
-            f"models of type {model.config.model_type!r} cap or otherwise change their logits after the head, "
-            "which is not supported",
-            next_step="choose a model.source such as a Llama, Qwen, Mistral, Gemma 3 or GPT-2",
+            f"models of type {model.config.model_type!r} change their logits after the head in a way that is "
+            "not supported: neither by a factor nor by a cap of their configuration",
+            next_step="choose a model.source such as a Llama, Qwen, Mistral, Gemma or GPT-2",
         )
 
 
@@ -95,6 +109,7 @@ def token_logps(
         head_bias_V=getattr(head, "bias", None),
         chunk_tokens=HEAD_CHUNK_TOKENS,
         temperature=temperature,
+        softcap=logit_cap(model),
         with_entropy=with_entropy,
     )
     return TokenLogps(token_logp_N, entropy_N)

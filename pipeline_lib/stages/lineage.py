@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline_lib.config import flatten
+from pipeline_lib.errors import ConfigError
 from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.storage.store import ArtifactStore, Manifest
 
@@ -24,6 +25,22 @@ def walk(store: ArtifactStore, root: ArtifactRef) -> Iterator[tuple[ArtifactRef,
         manifest = store.manifest(ref)
         yield ref, manifest
         queue += manifest.inputs.values()
+
+
+def artifact_named(store: ArtifactStore, text: str) -> ArtifactRef:
+    """Find an artifact by its id, the beginning of it, `kind/sha12`, or the place of its manifest.
+
+    Raises:
+        ConfigError: None has that name, or several have.
+    """
+    start = text.removesuffix("/manifest.json").rpartition("/")[2]
+    found = [ref for ref in store.list_artifacts() if ref.id.startswith(start)] if start else []
+    if len(found) != 1:
+        raise ConfigError(
+            f"{len(found)} artifacts of the store have an id that begins with {start!r}",
+            next_step="give more of the id; `prefline explain models:/NAME@alias` prints the ids of a model's lineage",
+        )
+    return found[0]
 
 
 def describe(store: ArtifactStore, root: ArtifactRef, *, num_rows: int) -> str:

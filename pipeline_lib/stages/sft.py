@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.cross_entropy import CrossEntropy
-from pipeline_lib.schema import Split
+from pipeline_lib.schema import ArtifactRef, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
+from pipeline_lib.stages.lineage import artifact_named
 from pipeline_lib.stages.pretraining import load_pretraining
+from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.pretraining_settings import PretrainingSettings
-from pipeline_lib.training.settings import OfflineSettings
+from pipeline_lib.training.settings import OfflineSettings, SelectionSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline_lib.text.chat_template import ChatTokenizer
+    from pipeline_lib.text.encode import Tree
+    from pipeline_lib.training.selection import AnswerScore
 
 VERSION = 2
+
+LAST_ROUND = "last_round"
+"""Stands for the reward model of the round before."""
 
 
 class SftConfig(OfflineSettings):
@@ -28,10 +41,45 @@ class SftConfig(OfflineSettings):
     """Weight of the KL from the model to the one that training began with, nats a token; 0: none."""
     pretraining: PretrainingSettings | None = None
     """Pretraining text that every step trains on too; null: none."""
+    residual_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of what each sub-layer adds to the residual stream that is dropped while training; InstructGPT: 0.2."""
+    select_by: SelectionSettings | None = Field(None, title="Select by")
+    """Keep the weights whose answers a reward model scores best, as InstructGPT does; null: by the held-out loss."""
+
+    @model_validator(mode="after")
+    def _selects_among_measurements(self) -> Self:
+        if self.select_by is not None and self.early_stopping is None:
+            raise ValueError("select_by chooses among the measurements of early_stopping, which is null: set it")
+        return self
+
+
+def selection_input(config: SftConfig, store: ArtifactStore, last_round: ArtifactRef | None) -> dict[str, ArtifactRef]:
+    """Return the reward model that SFT models are chosen by, as an input of the stage; empty where there is none.
+
+    Args:
+        config: The stage's configuration, which names it.
+        store: Where it is.
+        last_round: The reward model of the round before; None in the first round.
+
+    Raises:
+        ConfigError: The name belongs to no artifact, or to none that is a reward model.
+    """
+    if config.select_by is None:
+        return {}
+    name = config.select_by.reward_model
+    if name == LAST_ROUND:
+        return {} if last_round is None else {"reward_model": last_round}
+    found = artifact_named(store, name)
+    if found.kind != "reward_model":
+        raise ConfigError(
+            f"sft.select_by.reward_model = {name!r} is the artifact {found}, not a reward model",
+            next_step="name one that a stage `reward` made: the report of its run shows the id",
+        )
+    return {"reward_model": found}
 
 
 def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput:
-    """Train; inputs `base_model` and `dataset`, output kind `model`."""
+    """Train; inputs `base_model`, `dataset`, perhaps `reward_model`; output kind `model`."""
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
     from pipeline_lib.training.plan import DataPlan  # noqa: PLC0415  (torch)
@@ -53,21 +101,59 @@ def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
     layout = stage.layout_for(encoder, config, is_packed=policy.is_packed)
+    plan = DataPlan.of(trees, config)
     recipe = SftRecipe(
-        policy, DataPlan.of(trees, config), layout, objective=config.loss,
+        policy, plan, layout, objective=config.loss,
         kl=KlPenalty(config.kl_coef, Reference.of(policy)) if config.kl_coef else None,
         pretraining=load_pretraining(config.pretraining, encoder.chat, context, seed=config.seed),
+        residual_dropout=config.residual_dropout,
+        selection=_selection(config, inputs, context, held_out=plan.held_out, chat=encoder.chat),
     )  # fmt: skip
     series = stage.train(recipe, config, context, metric_prefix="sft")
     policy.save(context.workdir / "model")
     facts = {
         "dtype": str(dtype),
         "template_sha256": encoder.chat.template_sha256,
-        "rows": len(recipe.plan.trees),
+        "rows": len(plan.trees),
     }
     stage.write_facts(context.workdir, facts)
     metrics = {
         "first_nll_per_token_nats": series[0]["nll_per_token_nats"],
         "last_nll_per_token_nats": stage.tail_mean(series, "nll_per_token_nats"),
     }
+    held_out_scores = [row["held_out_score"] for row in series if "held_out_score" in row]
+    if held_out_scores:
+        metrics["best_held_out_score"] = max(held_out_scores)
     return StageOutput("model", context.workdir, dict(metrics))
+
+
+def _selection(
+    config: SftConfig, inputs: Inputs, context: StageContext, *, held_out: Sequence[Tree], chat: ChatTokenizer
+) -> AnswerScore | None:
+    """Load the reward model that the weights are chosen by; None where the held-out loss decides.
+
+    Raises:
+        ConfigError: It reads other tokens, or another chat template, than the model that is trained.
+    """
+    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
+    from pipeline_lib.text.chat_template import ChatTokenizer  # noqa: PLC0415  (transformers)
+    from pipeline_lib.training.critic import Normalization  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.selection import AnswerScore  # noqa: PLC0415  (torch)
+
+    if config.select_by is None:
+        return None
+    if "reward_model" not in inputs:
+        context.log("there is no reward model of a round before: the weights are chosen by the held-out loss")
+        return None
+    directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
+    theirs = ChatTokenizer.load(directory)
+    if (theirs.template_sha256, theirs.tokenizer.get_vocab()) != (chat.template_sha256, chat.tokenizer.get_vocab()):
+        raise ConfigError(
+            f"the reward model {inputs['reward_model']} of sft.select_by was trained with another tokenizer or chat "
+            "template than the model that is trained has",
+            next_step="name a reward model of the same base model and model.chat_template",
+        )
+    return AnswerScore.load(
+        directory, Normalization(**stage.read_json(directory.parent / "normalization.json")), held_out,
+        selection=config.select_by, training=config, chat=chat,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
-from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, logit_cap, predicting_states
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.reference import Reference
 
@@ -21,6 +21,8 @@ class ReferenceStates:
     hidden_ND: Tensor
     head_weight_VD: Tensor
     head_bias_V: Tensor | None
+    softcap: float | None = None
+    """The reference's cap on its logits, where it has one."""
 
     @classmethod
     @torch.no_grad()
@@ -31,7 +33,7 @@ class ReferenceStates:
             bias_V = getattr(head, "bias", None)
             return cls(
                 predicting_states(model, batch), head.weight.detach(),
-                None if bias_V is None else bias_V.detach(),
+                None if bias_V is None else bias_V.detach(), logit_cap(model),
             )  # fmt: skip
 
     def kl(self, policy: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
@@ -45,6 +47,7 @@ class ReferenceStates:
         return full_kl_from_hidden(
             hidden_ND, head.weight, self.hidden_ND, self.head_weight_VD, head_bias_V=getattr(head, "bias", None),
             ref_head_bias_V=self.head_bias_V, chunk_tokens=HEAD_CHUNK_TOKENS,
+            softcap=logit_cap(policy), ref_softcap=self.softcap,
         )  # fmt: skip
 
 
@@ -60,6 +63,7 @@ def token_logps_and_kl(policy: PreTrainedModel, reference: Reference, batch: Tre
     hidden_ND = predicting_states(policy, batch)
     head = policy.get_output_embeddings()
     token_logp_N, _ = token_logps_from_hidden(
-        hidden_ND, head.weight, batch.label_N, head_bias_V=getattr(head, "bias", None), chunk_tokens=HEAD_CHUNK_TOKENS
-    )
+        hidden_ND, head.weight, batch.label_N, head_bias_V=getattr(head, "bias", None), chunk_tokens=HEAD_CHUNK_TOKENS,
+        softcap=logit_cap(policy),
+    )  # fmt: skip
     return token_logp_N, states.kl(policy, hidden_ND)

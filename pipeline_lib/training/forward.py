@@ -6,9 +6,10 @@ model does (sampling, scoring, measuring held-out rows).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +58,29 @@ def _recomputed(model: PreTrainedModel) -> Iterator[None]:
             next_step="set gradient_checkpointing: false, and lower tokens_per_batch where memory is short",
         )
     before = [layer.training for layer in layers]
-    for layer in layers:
+    for layer, was_training in zip(layers, before, strict=True):
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        layer.training = True  # this module's flag alone: its dropout stays as it was
+        layer._gradient_checkpointing_func = partial(_checkpointed, layer, was_training=was_training)
+        layer.training = True  # this module's flag alone, which asks for recomputation
     try:
         yield
     finally:
         for layer, was_training in zip(layers, before, strict=True):
             layer.gradient_checkpointing = False
             layer.training = was_training
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *args: Any, was_training: bool) -> Any:
+    """Run a layer's forward in the mode that the layer was in: some take the flag for their own dropout's."""
+
+    def run(*inputs: Any) -> Any:
+        layer.training = was_training
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def noise_bound_BT(batch: TreeBatch, *, width: int, alpha: float) -> Tensor:

@@ -42,7 +42,7 @@ from pipeline_lib.training.guards import (
     require_trainable,
 )
 from pipeline_lib.training.optimizer import build_optimizer, epsilon_at, learning_rate_at
-from pipeline_lib.training.recipe import Figure, Recipe, StopRequestedError, TrainingEndedError
+from pipeline_lib.training.recipe import Figure, Recipe, Scored, StopRequestedError, TrainingEndedError
 from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
 from pipeline_lib.training.weights import Weights, WholeWeights
 
@@ -164,9 +164,7 @@ class TrainingLoop:
         assert len(self.progress.series) == planned, "the steps run are not the steps planned"
         if self.stopping is not None:
             self.stopping.restore()
-            self.hooks.on_progress(
-                1.0, f"kept step {self.stopping.best_step + 1}, held-out loss {self.stopping.best_loss:.4f}"
-            )
+            self.hooks.on_progress(1.0, self.stopping.outcome)
         elif self.end is not None:
             assert self.breaker is not None, "only a circuit breaker ends a training"
             self.breaker.restore_best()
@@ -186,8 +184,11 @@ class TrainingLoop:
         with self.average.applied() if self.average is not None else nullcontext():
             loss = self.weights.measure(self.recipe.held_out_loss)
             assert loss is not None, "early stopping needs held-out rows"
-            self.stopping.record(step, loss)
+            score = self.weights.measure(self.recipe.held_out_score) if isinstance(self.recipe, Scored) else None
+        self.stopping.record(step, loss, score=score)
         figures["held_out_loss"] = loss
+        if score is not None:
+            figures["held_out_score"] = score
 
     def _step(self, step: int) -> dict[str, float]:
         torch.manual_seed(derive_seed(self.settings.seed, "step", step))
@@ -230,10 +231,13 @@ class TrainingLoop:
         if not is_alone and self.processes.from_first(self.hooks.should_stop()):
             raise StopRequestedError
         totals: dict[str, Figure] = {}
+        places = {id(batch): place for place, batch in enumerate(batches)}
         for batch, counts in self.weights.share(batches):
             # Processes may only stop together, so where there are more, between steps alone.
             if is_alone and self.hooks.should_stop():
                 raise StopRequestedError
+            # What a forward draws (dropout, noise) is its own, whichever process runs it, and after which others.
+            torch.manual_seed(derive_seed(self.settings.seed, "step", step, "forward", places[id(batch)]))
             with self.recipe.training_forward(batch):
                 result = self.weights.forward(partial(self.recipe.loss, batch, batches))
                 loss = float(result.loss.detach())

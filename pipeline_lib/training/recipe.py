@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -92,3 +92,11 @@ class Recipe(Protocol):
 
     def load_state(self, state: RecipeState) -> None:
         """Take a checkpoint's state back."""
+
+
+@runtime_checkable
+class Scored(Protocol):
+    """A recipe whose weights may be chosen by a score, higher being better, instead of by the held-out loss."""
+
+    def held_out_score(self) -> float | None:
+        """Return the score of the weights as they are, without gradient; None where the loss decides."""

@@ -57,7 +57,7 @@ class TrainingSettings(Frozen):
     """Use at most this many rows, chosen by the seed."""
     batch_size: int = Field(16, ge=1)
     """Rows of one optimizer step."""
-    tokens_per_batch: int = Field(1024, ge=16)
+    tokens_per_batch: int = Field(512, ge=16)
     """Tokens of one forward, at most; a step is as many forwards as its rows need."""
     max_prompt_tokens: int = Field(512, ge=8)
     """Longer prompts lose their beginning."""
@@ -85,7 +85,23 @@ class EarlyStoppingSettings(Frozen):
     patience: int = Field(3, ge=1)
     """Measurements in a row without a gain after which training ends."""
     min_gain: float = Field(0.0, ge=0)
-    """A loss counts as better where it is lower by more than this."""
+    """A loss counts as better where it is lower by more than this, a score where it is higher by more."""
+
+
+class SelectionSettings(Frozen):
+    """Judge held-out measurements by a reward model: its mean score of the model's own answers."""
+
+    reward_model: str = Field(min_length=1)
+    """Its artifact in the run's store: an id or the beginning of one, `reward_model/ID` or the place that `explain`
+    prints. `last_round`: the reward model of the round before; the first round then goes by the held-out loss."""
+    prompts: int = Field(64, ge=1)
+    """Held-out prompts that are answered at each measurement, at most."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Tokens of an answer, at most."""
+    temperature: float = Field(1.0, ge=0)
+    """Of the answers; each measurement draws with the same random numbers. 0 takes the most likely tokens."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts answered at once."""
 
 
 class OfflineSettings(TrainingSettings):

@@ -14,6 +14,8 @@ def why_not_sharded(settings: TrainingSettings) -> str | None:
     """Say which key keeps a training stage's weights from being divided among processes; None: none does."""
     if not isinstance(settings, OfflineSettings):
         return f"method = {getattr(settings, 'method', '')!r} samples from the model that it trains"
+    if getattr(settings, "select_by", None) is not None:
+        return "select_by samples from the model that is trained"
     if settings.adapter is not None and settings.adapter.name in _WHOLE_ADAPTERS:
         return f"adapter.name = {settings.adapter.name!r} is not in the layers that are divided"
     if settings.optimizer.name in _WHOLE_OPTIMIZERS:

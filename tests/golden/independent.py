@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpmath import erfinv, exp, fsum, log, mp, mpf, sqrt  # type: ignore[import-untyped]
+from mpmath import erfinv, exp, fsum, log, mp, mpf, sqrt, tanh  # type: ignore[import-untyped]
 
 mp.dps = 50
 PROVENANCE = (
@@ -74,9 +74,12 @@ def token_logps(given: Case) -> tuple[list[Any], list[Any]]:
     logps, entropies = [], []
     for hidden, label in zip(given["hidden_ND"], given["labels_N"], strict=True):
         logits = [
-            (fsum(mpf(h) * mpf(w) for h, w in zip(hidden, row, strict=True)) + b) / mpf(given["temperature"])
+            fsum(mpf(h) * mpf(w) for h, w in zip(hidden, row, strict=True)) + b
             for row, b in zip(given["head_weight_VD"], bias, strict=True)
         ]
+        if "softcap" in given:
+            logits = [mpf(given["softcap"]) * tanh(logit / mpf(given["softcap"])) for logit in logits]
+        logits = [logit / mpf(given["temperature"]) for logit in logits]
         normaliser = log(fsum(exp(logit) for logit in logits))
         logps.append(logits[label] - normaliser)
         entropies.append(-fsum(exp(logit - normaliser) * (logit - normaliser) for logit in logits))
@@ -89,6 +92,7 @@ def tokens() -> Iterator[Case]:
         ("plain", 1.0, False, 1.0),
         ("bias and temperature", 0.7, True, 1.0),
         ("far apart", 1.9, True, 30.0),
+        ("capped", 0.8, True, 3.0),
     ):
         given: Case = {
             "hidden_ND": numbers(draw, 5, 3, scale=scale), "head_weight_VD": numbers(draw, 7, 3),
@@ -96,6 +100,8 @@ def tokens() -> Iterator[Case]:
         }  # fmt: skip
         if with_bias:
             given["head_bias_V"] = numbers(draw, 7)
+        if name == "capped":
+            given["softcap"] = 1.7
         weights = numbers(draw, 5)
 
         def total(given: Case = given, weights: Row = weights) -> Any:

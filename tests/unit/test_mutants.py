@@ -155,6 +155,14 @@ HEAD_MUTANTS = [
     ("grad_ND * grad_N.to(grad_ND.dtype)[:, None]", "grad_ND"),
     ("range(0, num_tokens, self.chunk_tokens)", "range(0, num_tokens, num_tokens)"),
     ("hidden_ND[part].to(narrow_CV.dtype), alpha", "hidden_ND[: len(narrow_CV)].to(narrow_CV.dtype), alpha"),
+    ("logits_CV.div_(self.softcap).tanh_()", "logits_CV.tanh_()"),
+    ("logits_CV *= self.softcap", "pass"),
+    (".neg_().add_(1.0)", ".neg_()"),
+    ("head.narrow(head.below_cap(found.grad_CV))", "head.narrow(found.grad_CV)"),
+    (
+        "head.below_cap(ctx.measure(head, hidden_ND[part], part, with_gradient=True).grad_CV)",
+        "ctx.measure(head, hidden_ND[part], part, with_gradient=True).grad_CV",
+    ),
 ]
 
 

@@ -8,7 +8,8 @@ their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ from pipeline_lib.losses.tokens import (
     smoothed_nll,
     token_logps_from_hidden,
 )
-from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, predicting_states, token_logps
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, logit_cap, predicting_states, token_logps
+from pipeline_lib.models.residual import dropped, residual_branches
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.divergence import ReferenceStates
@@ -29,6 +31,7 @@ from pipeline_lib.training.pretraining import PretrainingRows, is_pretraining
 from pipeline_lib.training.recipe import Figure, StepLoss
 from pipeline_lib.training.recipes.offline import OfflineRows
 from pipeline_lib.training.reference import Reference
+from pipeline_lib.training.selection import AnswerScore
 from pipeline_lib.training.trained_model import TrainedModel
 
 
@@ -62,6 +65,8 @@ class SftRecipe(OfflineRows):
         objective: CrossEntropy | None = None,
         kl: KlPenalty | None = None,
         pretraining: PretrainingRows | None = None,
+        residual_dropout: float = 0.0,
+        selection: AnswerScore | None = None,
     ) -> None:
         """Take the model and its rows.
 
@@ -72,10 +77,27 @@ class SftRecipe(OfflineRows):
             objective: Reduction and label smoothing; by default the token mean without smoothing.
             kl: Adds the KL to a reference.
             pretraining: Adds the loss on pretraining text.
+            residual_dropout: Share of each sub-layer's output that is dropped in forwards that are trained on.
+            selection: Scores the weights, where early stopping is not to go by the held-out loss.
+
+        Raises:
+            ConfigError: The model has no known place for residual dropout.
         """
         super().__init__(policy, plan, layout)
         self.policy, self.objective = policy, objective or CrossEntropy()
-        self.kl, self.pretraining = kl, pretraining
+        self.kl, self.pretraining, self.selection = kl, pretraining, selection
+        self.residual_dropout = residual_dropout
+        self._branches = residual_branches(policy.model) if residual_dropout else []
+
+    @contextmanager
+    def training_forward(self, batch: TreeBatch) -> Iterator[None]:
+        """Run a forward that is trained on, with dropout."""
+        with super().training_forward(batch), dropped(self._branches, self.residual_dropout):
+            yield
+
+    def held_out_score(self) -> float | None:
+        """Return a reward model's mean score of the model's own answers; None where the held-out loss decides."""
+        return None if self.selection is None else self.selection.of(self.policy.model)
 
     def micro_batches(self, step: int) -> Sequence[TreeBatch]:
         """Return the forwards of a step; pretraining text has forwards of its own."""
@@ -136,14 +158,16 @@ class SftRecipe(OfflineRows):
         # The reference runs before the policy: inside its block the adapters are off.
         reference = None if self.kl is None else ReferenceStates.of(self.kl.reference, batch)
         head = model.get_output_embeddings()
-        bias_V = getattr(head, "bias", None)
+        bias_V, softcap = getattr(head, "bias", None), logit_cap(model)
         hidden_ND = predicting_states(model, batch)
         logp_N, _ = token_logps_from_hidden(
-            hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS
+            hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS, softcap=softcap
         )
         loss_N = -logp_N
         if smoothing:
-            mean_N = mean_logps_from_hidden(hidden_ND, head.weight, batch.label_N, logp_N, head_bias_V=bias_V)
+            mean_N = mean_logps_from_hidden(
+                hidden_ND, head.weight, batch.label_N, logp_N, head_bias_V=bias_V, softcap=softcap
+            )
             loss_N = smoothed_nll(logp_N, mean_N, label_smoothing=smoothing)
         if reference is None:
             return _Terms(logp_N, loss_N, None)

@@ -29,12 +29,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline_lib.errors import ConfigError
 from pipeline_lib.models import trees as trees_of_models
 from pipeline_lib.models.attention import TREE_ATTENTION
 from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.heads import head_of, init_head, scores
-from pipeline_lib.models.logprobs import require_plain_head, token_logps
+from pipeline_lib.models.logprobs import require_known_logits, token_logps
 from pipeline_lib.models.scoring import Layout, response_logps
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.models.virtual_tokens import fresh_tokens
@@ -62,10 +61,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**SIZE, **HEADED),
     "gemma2": Gemma2Config(
         **SIZE, **HEADED, sliding_window=WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=3.0,
-        final_logit_softcapping=None,
+        final_logit_softcapping=2.0,
     ),
     "gemma3": Gemma3TextConfig(
-        **SIZE, **HEADED, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+        **SIZE, **HEADED, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"],
+        final_logit_softcapping=5.0,
     ),
     "granite": GraniteConfig(**SIZE, **GROUPED, logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5),
     "cohere": CohereConfig(**SIZE, **GROUPED, logit_scale=0.25),
@@ -295,12 +295,9 @@ def test_a_second_model_of_the_same_kind_is_not_tried_again(monkeypatch: pytest.
     assert runs == []
 
 
-def test_logits_that_are_scaled_are_known_and_capped_ones_refused() -> None:
-    for kind in ("llama", "granite", "cohere", "gpt2"):
-        require_plain_head(make(CONFIGS[kind]))
-    capped = {**CONFIGS["gemma2"].to_dict(), "final_logit_softcapping": 0.5}
-    with pytest.raises(ConfigError, match="'gemma2' cap or otherwise change their logits"):
-        require_plain_head(make(Gemma2Config.from_dict(capped)))
+def test_logits_that_are_scaled_or_capped_are_known() -> None:
+    for kind in ("llama", "granite", "cohere", "gpt2", "gemma2", "gemma3"):
+        require_known_logits(make(CONFIGS[kind]))
 
 
 def test_broken_weights_say_nothing_of_the_architecture() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,41 +14,69 @@ from pipeline_lib.data.place import LocalPlaces
 from pipeline_lib.data.sources.jsonl import Jsonl
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
+from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.schema import Record
+from pipeline_lib.stages.conditional import ConditionalConfig, conditioned_encoder
 from pipeline_lib.stages.preference import PreferenceConfig
+from pipeline_lib.stages.reward import RewardConfig
+from pipeline_lib.stages.rounds_config import IteratedDpoConfig, RejectionSettings
 from pipeline_lib.stages.run_config import RunConfig
-from tests.toy import World, preference_recipe, settings
+from pipeline_lib.stages.sft import SftConfig
+from pipeline_lib.training.plan import DataPlan
+from pipeline_lib.training.recipe import Recipe
+from pipeline_lib.training.recipes.reward import Label, RewardRecipe
+from pipeline_lib.training.recipes.sft import KlPenalty, SftRecipe
+from pipeline_lib.training.reference import Reference
+from pipeline_lib.training.settings import OfflineSettings
+from tests.toy import World, encoder, layout, policy_of, preference_recipe, reward_model_of, settings
 
 SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
-PAIRS_FILE, LISTS_FILES = (
+PAIRS_FILE, LISTS_FILES, ANSWERS_FILE = (
     "hh_rlhf/helpful-base",
     ("finegrained_rlhf/qa_feedback_k4", "squality_ranking/human_rankings_k3"),
+    "alpaca/alpaca_sample",
 )
 METHODS = sorted(path.stem for path in (PRESETS / "methods").glob("*.yaml"))
+ONLINE = {"ppo-instructgpt", "ppo-llama2", "ppo-n-details", "rloo", "grpo"}
+"""They train on nothing but what they sample."""
+LIMITS: dict[str, Any] = {"max_prompt_tokens": 48, "max_response_tokens": 32}
+Offline = PreferenceConfig | ConditionalConfig | SftConfig | RewardConfig
 
 
 def real_rows(name: str, count: int) -> list[Record]:
-    """The first short rows of a real file, by its own layout."""
+    """The first rows of a real file, by its own layout, that say what a method can learn from."""
     path = SHARED_DATA / f"{name}.jsonl.gz"
     if not path.is_file():
         pytest.skip("the shared data sets are not here")
     rows = (
         row
         for row in Jsonl(path=str(path)).rows(LocalPlaces(), lambda _: None)
-        if isinstance(row, Record) and len(set(row.ranks)) > 1
+        if isinstance(row, Record) and (row.kind == "demonstration" or len(set(row.ranks)) > 1)
     )
     return list(islice(rows, count))
 
 
-def candidate_of(config: RunConfig) -> PreferenceConfig | None:
-    """The preset's own candidate, where it is one of the preference stage."""
+def load_preset(method: str) -> RunConfig:
+    return load(PRESETS / "methods" / f"{method}.yaml", RunConfig).value
+
+
+def subject_of(config: RunConfig) -> Offline | None:
+    """What a preset is about: its own candidate or what that trains with, its reward model or its SFT."""
     candidate = config.candidates.get(config.name)
-    return candidate if isinstance(candidate, PreferenceConfig) else None
+    if isinstance(candidate, PreferenceConfig | ConditionalConfig):
+        return candidate
+    if isinstance(candidate, RejectionSettings):
+        return candidate.sft()
+    if isinstance(candidate, IteratedDpoConfig):
+        return candidate.preference()
+    if config.name in ONLINE:
+        return None
+    return config.reward if config.name.startswith("reward-") else config.sft
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_loads_and_has_a_candidate(method: str) -> None:
-    config = load(PRESETS / "methods" / f"{method}.yaml", RunConfig).value
+    config = load_preset(method)
     assert config.name == method
     assert config.all_candidates()
     assert config.promote.model_name == f"prefline-{method}"
@@ -59,29 +89,65 @@ def test_what_the_registry_cannot_serve_is_refused_before_anything_runs() -> Non
 
 
 def test_every_loss_has_a_preset() -> None:
-    configs = [load(PRESETS / "methods" / f"{method}.yaml", RunConfig).value for method in METHODS]
-    used = {candidate.loss["name"] for config in configs if (candidate := candidate_of(config)) is not None}
-    assert used == set(PREFERENCE_LOSSES)
+    subjects = [subject_of(load_preset(method)) for method in METHODS]
+    assert {each.loss["name"] for each in subjects if isinstance(each, PreferenceConfig)} == set(PREFERENCE_LOSSES)
+    assert {each.loss["name"] for each in subjects if isinstance(each, RewardConfig)} == set(REWARD_LOSSES)
+    assert [method for method, each in zip(METHODS, subjects, strict=True) if each is None] == sorted(ONLINE)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def rows_for(config: Offline) -> list[Record]:
+    """Four real rows of the form that a method takes."""
+    if isinstance(config, SftConfig):
+        return real_rows(ANSWERS_FILE, 4)
+    is_of_lists = (
+        REWARD_LOSSES.build(config.loss).__class__.__name__ != "BradleyTerry"
+        if isinstance(config, RewardConfig)
+        else isinstance(config, PreferenceConfig) and config.objective.form == "list"
+    )
+    files: Sequence[str] = LISTS_FILES if is_of_lists else (PAIRS_FILE,)
+    return [row for file in files for row in real_rows(file, 4 // len(files))]
+
+
+def recipe_of(config: Offline, directory: Path, chosen: OfflineSettings, rows: Sequence[Record]) -> Recipe:
+    """The preset's own objective on the rows, from a tiny model."""
+    encode = encoder(**LIMITS)
+    if isinstance(config, PreferenceConfig):
+        return preference_recipe(directory, chosen, config.loss, rows, **LIMITS)
+    if isinstance(config, RewardConfig):
+        return RewardRecipe(
+            reward_model_of(directory, chosen), DataPlan.of([encode.tree(row) for row in rows], chosen), layout(),
+            objective=REWARD_LOSSES.build(config.loss), labels={row.id: Label.of(row, config.safety) for row in rows},
+            safety=config.safety,
+        )  # fmt: skip
+    policy = policy_of(directory, chosen)
+    if isinstance(config, ConditionalConfig):
+        trees = [tree for row in rows for tree in conditioned_encoder(config, encode).trees(row)]
+        return SftRecipe(policy, DataPlan.of(trees, chosen), layout(), objective=config.loss)
+    return SftRecipe(
+        policy, DataPlan.of([encode.tree(row) for row in rows], chosen), layout(), objective=config.loss,
+        kl=KlPenalty(config.kl_coef, Reference.of(policy)) if config.kl_coef else None,
+        residual_dropout=config.residual_dropout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ONLINE])
 def test_the_loss_goes_down_on_real_rows(method: str, directory: Path, world: World) -> None:
-    config = candidate_of(load(PRESETS / "methods" / f"{method}.yaml", RunConfig).value)
-    if config is None:
-        pytest.skip("not a preference loss")
+    config = subject_of(load_preset(method))
+    assert config is not None
     if config.adapter is not None and config.adapter.name == "qlora":
         pytest.skip("needs CUDA")
-    # RMSprop's first steps are ten times the rate; few or scaled weights need large ones.
+    # RMSprop's first steps are ten times the rate; few or scaled weights need large ones, a new head small ones.
     few = config.adapter is not None and config.adapter.name in ("ia3", "prefix", "prompt")
-    rate = 5e-4 if config.optimizer.name == "rmsprop" else 5e-2 if few else 5e-3
-    files = LISTS_FILES if config.objective.form == "list" else (PAIRS_FILE,)
-    rows = [row for file in files for row in real_rows(file, 4 // len(files))]
+    is_gentle = config.optimizer.name == "rmsprop" or isinstance(config, RewardConfig)
+    rate = 5e-4 if is_gentle else 5e-2 if few else 5e-3
+    rows = rows_for(config)
     chosen = settings(
-        batch_size=len(rows), epochs=4, adapter=config.adapter, max_prompt_tokens=48, max_response_tokens=32,
-        optimizer={"name": config.optimizer.name, "learning_rate": rate},
+        batch_size=4 * len(rows), epochs=4, adapter=config.adapter, neftune_alpha=config.neftune_alpha,
+        optimizer={"name": config.optimizer.name, "learning_rate": rate}, **LIMITS,
     )  # fmt: skip
-    recipe = preference_recipe(directory, chosen, config.loss, rows, max_prompt_tokens=48, max_response_tokens=32)
+    recipe = recipe_of(config, directory, chosen, rows)
     series = world.loop(recipe, chosen).run()
+    assert len(series) == 4
     assert series[-1]["loss"] < series[0]["loss"]
-    if recipe.reference is not None:
+    if "log_ratio_abs_nats_per_token" in series[0]:
         assert series[0]["log_ratio_abs_nats_per_token"] <= 1e-4
