@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline_lib.evaluation.report.labelled_rounds import LabelledRound, labelled_rounds
 from pipeline_lib.evaluation.report.lineage import Lineage, Node, walk
 from pipeline_lib.evaluation.report.policy_runs import POLICY_STAGES, PolicyRun, policy_run
 from pipeline_lib.evaluation.report.series import Series, is_finite, rows_of, series_of
@@ -127,6 +128,8 @@ class ReportData:
     trainings: tuple[Training, ...]
     policy_runs: tuple[PolicyRun, ...]
     """Trainings on the policy's own samples."""
+    labelled_rounds: tuple[LabelledRound, ...]
+    """Rounds that a judge or people labelled."""
     examples: dict[str, list[ExampleResult]]
     """Held-out results by model, base first."""
     cards: tuple[RewardCard, ...]
@@ -172,6 +175,7 @@ def gather(
         splits=_splits(store, lineage[dataset]),
         trainings=trainings,
         policy_runs=tuple(policy_run(store, node) for node in sampling),
+        labelled_rounds=labelled_rounds(store, lineage),
         examples=examples,
         cards=_cards(store, lineage, lineage[verdict].manifest.inputs.get("reward_model"), reward_models),
         prompts=_prompts(examples, sampled_prompts),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline_lib.storage.store import ArtifactStore
 
 _SECTIONS = {
-    "verdict": "Verdict", "rows": "Rows", "training": "Training", "rollouts": "Own samples",
+    "verdict": "Verdict", "rows": "Rows", "training": "Training", "rollouts": "Own samples", "labels": "Labels",
     "candidates": "Side by side", "reward-model": "Reward models", "prompts": "Answers", "lineage": "Lineage",
 }  # fmt: skip
 _EXCERPT_CHARACTERS = 200
@@ -88,7 +88,8 @@ def _context(data: ReportData, verdict: ArtifactRef) -> dict[str, Any]:
     rules = [rule for candidate in data.verdict.candidates for rule in candidate.rules]
     shown = {
         "rows": bool(data.funnels or data.splits), "training": bool(curves), "rollouts": bool(data.policy_runs),
-        "candidates": bool(comparison), "reward-model": bool(data.cards), "prompts": bool(data.prompts),
+        "labels": bool(data.labelled_rounds), "candidates": bool(comparison), "reward-model": bool(data.cards),
+        "prompts": bool(data.prompts),
     }  # fmt: skip
     return {
         "data": data,

@@ -222,6 +222,36 @@ def test_other_methods_and_further_reward_models_have_their_own_parts(synthetic:
     assert safe.id in page, "and so has the lineage"
 
 
+def test_rounds_that_a_judge_or_people_labelled_are_told_with_their_agreement(synthetic: SimpleNamespace) -> None:
+    store = synthetic.store()
+    inputs = synthetic.run(store)
+    manifest = store.manifest(inputs["verdict"])
+    agreed = {"pairs": 40, "agree_frac": 0.725, "kappa": 0.44}
+    of_judge = {
+        "labels": "judge", "prompts_labelled": 16, "with_reward_model": agreed, "read_frac": 0.95,
+        "between_orders": {"agree_frac": 0.8}, "first_shown_frac": 0.55, "longer_frac": None,
+    }  # fmt: skip
+    of_people = {"labels": "people", "prompts_labelled": 1234, "with_reward_model": {**agreed, "kappa": None}}
+    trained = manifest.inputs["reward_model"]
+    for figures in (of_judge, of_people):
+        rows = store.add("rollouts", "dataset", {"model": trained}, {"samples.jsonl": b""})
+        labelled = store.add("labels", "dataset", {"rollouts": rows}, {"agreement.json": json.dumps(figures).encode()})
+        trained = store.add("preference", "model", {"sft_model": trained, "dataset": labelled}, {})
+    judged = store.add("evaluate", "evaluation", {"model": trained}, {"examples.jsonl": synthetic.examples("i", 0.7)})
+    verdict = store.add(
+        "gate", "verdict", {**manifest.inputs, "evaluation:iterated": judged},
+        {"verdict.json": store.contents[inputs["verdict"], "verdict.json"]},
+    )  # fmt: skip
+    page = page_of(store, {"verdict": verdict, "dataset": inputs["dataset"]})
+    assert "labels" in outline_of(page).ids
+    rows = re.findall(r'<tr><th scope="row">iterated <span.*?</tr>', page)
+    cells = [re.findall(r"<td[^>]*>(?:<b>)?([^<]*)", row) for row in rows]
+    assert cells == [
+        ["judge", "16", "40", "72.5\u00a0%", "0.440", "–", "80\u00a0%", "55\u00a0%", "–", "95\u00a0%"],
+        ["people", "1,234", "40", "72.5\u00a0%", "–", "–", "–", "–", "–", "–"],
+    ]
+
+
 def test_figures_that_are_missing_are_a_dash(page: str) -> None:
     text = outline_of(page).text
     assert "kl: at most 12 nats a response pass – – 12" in text
