@@ -37,7 +37,7 @@ class PpoPreset(Frozen):
     """Words that the rule pays for."""
     runs: int
     """Paired runs, interleaved; medians count."""
-    tokens_per_batch: int = 1024
+    tokens_per_batch: int = 512
     """Tokens of one of our forwards, at most."""
     temperature: float = 1.0
     gamma: float = 1.0

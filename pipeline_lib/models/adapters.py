@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline_lib.errors import ConfigError
+from pipeline_lib.models.fused_lora import fuse_lora
 from pipeline_lib.models.quantized import quantize
 from pipeline_lib.models.settings import (
     AdapterSettings,
@@ -64,6 +65,7 @@ def add_adapter(
             if isinstance(settings, QloraSettings):
                 quantize(model, settings)
             wrapper: Adapter = get_peft_model(model, _lora_config(model, settings))
+            fuse_lora(model)
         case Ia3Settings():
             wrapper = get_peft_model(model, _ia3_config(model, settings))
         case PrefixSettings() | PromptSettings():

@@ -1,16 +1,17 @@
-"""Attention over prompt trees: tree by tree on CPU, block by block (FlexAttention) on CUDA.
+"""Attention over prompt trees: part by part on CPU, block by block (FlexAttention) on CUDA.
 
 Legend: B rows, H heads, T positions, K keys (virtual tokens before the row included), D head width.
 
 One attention function is given to transformers under a name of ours. Where a forward brings
 `tree_masks` it computes the trees' attention; anywhere else (padded rows, sampling) it is
-transformers' own. On CPU each tree attends by itself, so that the cost grows with the sum of the
-squared tree lengths and not with the squared row; on CUDA a block mask skips what no tree sees.
+transformers' own. On CPU each tree attends by itself, a large one response by response, so that the
+cost grows with what is seen and not with the squared row; on CUDA a block mask skips what no tree sees.
 """
 
 from __future__ import annotations
 
 from functools import cache, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class TreeMasks:
     def __init__(self, visibility: Visibility) -> None:
         """Take who sees whom in the row."""
         self.visibility = visibility
-        self._by_tree: dict[tuple[int, int | None, torch.dtype], list[Tensor | None]] = {}
+        self._by_part: dict[tuple[int, int | None, torch.dtype], list[Tensor | None]] = {}
         self._blocks: dict[tuple[int, int | None], BlockMask] = {}
         self._behind: TreeMasks | None = None
 
@@ -53,35 +54,31 @@ class TreeMasks:
             self._behind = TreeMasks(self.visibility.behind(extra))
         return self._behind
 
-    def by_tree(self, *, prefix: int, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
-        """Return the additive mask of each stretch of the row: the trunk, then the trees.
+    def by_part(self, *, prefix: int, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
+        """Return the additive mask of each part of the row.
 
-        Its keys are the virtual tokens, the trunk and the tree itself. None stands for plain
-        causal attention, which needs no mask.
+        Its keys are the virtual tokens, the parts before it that it sees, and the part itself. None
+        stands for plain causal attention, which needs no mask.
         """
         key = (prefix, window, dtype)
-        if key not in self._by_tree:
-            self._by_tree[key] = self._make_by_tree(prefix, window, dtype)
-        return self._by_tree[key]
+        if key not in self._by_part:
+            self._by_part[key] = self._make_by_part(prefix, window, dtype)
+        return self._by_part[key]
 
-    def _make_by_tree(self, prefix: int, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
+    def _make_by_part(self, prefix: int, window: int | None, dtype: torch.dtype) -> list[Tensor | None]:
         visibility = self.visibility
         masks: list[Tensor | None] = []
-        trunk, start = visibility.sizes[0], 0
-        for index, (size, is_chain) in enumerate(zip(visibility.sizes, visibility.is_chain, strict=True)):
-            before = trunk if index else 0
-            if is_chain and not (prefix or before) and window is None:
+        starts = [0, *accumulate(part.size for part in visibility.parts)]
+        places = [slice(start, end) for start, end in pairwise(starts)]
+        for part, queries in zip(visibility.parts, places, strict=True):
+            if part.is_causal and not (prefix or part.before) and window is None:
                 masks.append(None)
-            else:
-                queries = slice(start, start + size)
-                parts = [visibility.between(queries, queries, window=window)]
-                if before:
-                    parts.insert(0, visibility.between(queries, slice(0, before), window=window))
-                if prefix:
-                    parts.insert(0, parts[0].new_ones(size, prefix))
-                seen = torch.cat(parts, dim=1)
-                masks.append(torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))[None, None])
-            start += size
+                continue
+            keys = [places[index] for index in part.before] + [queries]
+            seen = torch.cat([visibility.between(queries, stretch, window=window) for stretch in keys], dim=1)
+            if prefix:
+                seen = torch.cat((seen.new_ones(part.size, prefix), seen), dim=1)
+            masks.append(torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))[None, None])
         return masks
 
     def blocks(self, *, prefix: int, window: int | None) -> BlockMask:
@@ -172,7 +169,7 @@ def attention_of_trees(
     }  # fmt: skip
     if query.is_cuda and dropout == 0.0:
         return _block_by_block(query, key, value, tree_masks, **how), None
-    return _tree_by_tree(query, key, value, tree_masks, **how, dropout=dropout), None
+    return _part_by_part(query, key, value, tree_masks, **how, dropout=dropout), None
 
 
 def _window(sliding_window: int | None, visibility: Visibility) -> int | None:
@@ -196,7 +193,7 @@ def _block_by_block(
     return flex(query, key, value, blocks, scaling=scaling, softcap=softcap)
 
 
-def _tree_by_tree(
+def _part_by_part(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -207,23 +204,21 @@ def _tree_by_tree(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    prefix, sizes = key.shape[2] - query.shape[2], tree_masks.visibility.sizes
-    masks = tree_masks.by_tree(prefix=prefix, window=window, dtype=query.dtype)
-    trunk = sizes[0]
+    prefix, parts = key.shape[2] - query.shape[2], tree_masks.visibility.parts
+    masks = tree_masks.by_part(prefix=prefix, window=window, dtype=query.dtype)
+    sizes = [part.size for part in parts]
     # Split, not slices: the backward of a split is one copy, that of each slice is the whole row.
     queries = query.split(sizes, dim=2)
-    (shared_key, *keys), (shared_value, *values) = (
-        whole.split([prefix + trunk, *sizes[1:]], dim=2) for whole in (key, value)
-    )
+    (first_key, *keys), (first_value, *values) = (whole.split([prefix, *sizes], dim=2) for whole in (key, value))
     outputs = []
-    if trunk:
-        outputs.append(_attend(queries[0], shared_key, shared_value, masks[0], scaling, softcap, dropout))
-    for query_t, key_t, value_t, mask in zip(queries[1:], keys, values, masks[1:], strict=True):
-        whole_key, whole_value = key_t, value_t
-        if prefix + trunk:
-            whole_key = torch.cat((shared_key, key_t), dim=2)
-            whole_value = torch.cat((shared_value, value_t), dim=2)
-        outputs.append(_attend(query_t, whole_key, whole_value, mask, scaling, softcap, dropout))
+    for index, (part, query_p, mask) in enumerate(zip(parts, queries, masks, strict=True)):
+        key_p, value_p = keys[index], values[index]
+        if prefix or part.before:
+            seen = (*part.before, index)
+            virtual = bool(prefix)
+            key_p = torch.cat([first_key] * virtual + [keys[place] for place in seen], dim=2)
+            value_p = torch.cat([first_value] * virtual + [values[place] for place in seen], dim=2)
+        outputs.append(_attend(query_p, key_p, value_p, mask, scaling, softcap, dropout))
     return torch.cat(outputs, dim=1)
 
 

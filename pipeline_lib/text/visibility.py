@@ -19,6 +19,8 @@ TRUNK = -1
 """Tree number of the tokens that all trees of a row share."""
 PROMPT = 0
 """Branch number of a tree's prompt; its responses count from 1."""
+PAIRS_WORTH_A_PART = 9000
+"""Pairs of places that attention must be spared to be worth one more call, on a CPU; see docs/methods/batches.md."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class Blocks:
     """True where some pair of the block is visible and some is not."""
     all_QK: Tensor
     """True where all pairs are visible."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring places of a row that attend together: to themselves, and wholly to some parts before them."""
+
+    size: int
+    before: tuple[int, ...]
+    """Indices of the parts that all its places see: the trunk, its prompt."""
+    is_causal: bool
+    """Whether each place sees all of the part up to itself; False where a whole tree branches inside."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +71,31 @@ class Visibility:
         return int(self.position_T.max()) + 1
 
     @cached_property
-    def is_chain(self) -> tuple[bool, ...]:
-        """For the trunk and each tree: True where every token sees all of its tree that stand before it."""
-        last_branch = torch.zeros(len(self.sizes), dtype=torch.long, device=self.branch_T.device)
-        last_branch.scatter_reduce_(0, self.tree_T - TRUNK, self.branch_T, "amax")
-        return tuple((last_branch <= 1).tolist())
+    def parts(self) -> tuple[Part, ...]:
+        """Return the row as parts, in order: the trunk, then each tree.
+
+        A tree with several responses becomes its prompt and its responses, each a part, where
+        that spares enough of the pairs of places which do not see each other.
+        """
+        trunk = self.sizes[0]
+        parts = [Part(trunk, (), is_causal=True)] if trunk else []
+        shared = (0,) if trunk else ()
+        branches = self.branch_T.split(list(self.sizes))[1:]
+        for size, branch in zip(self.sizes[1:], branches, strict=True):
+            prompt, *responses = torch.bincount(branch).tolist()
+            lengths = [length for length in responses if length]
+            together = sum(length * (prompt + length) for length in lengths) + prompt * prompt // 2
+            if len(lengths) <= 1:
+                parts.append(Part(size, shared, is_causal=True))
+            elif size * size - together < len(lengths) * PAIRS_WORTH_A_PART:
+                parts.append(Part(size, shared, is_causal=False))
+            else:
+                seen = shared
+                if prompt:
+                    seen = (*shared, len(parts))
+                    parts.append(Part(prompt, shared, is_causal=True))
+                parts += [Part(length, seen, is_causal=True) for length in lengths]
+        return tuple(parts)
 
     def dense(self, *, window: int | None = None) -> Tensor:
         """Return the mask as bool `(T, T)`, True = the row's position sees the column's.

@@ -12,6 +12,7 @@ from pipeline_lib.models import attention
 from pipeline_lib.models.attention import TreeMasks, attention_of_trees, block_mask, flex
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.trees import supports_trees
+from pipeline_lib.text import visibility as visibility_module
 from pipeline_lib.text.pack import TreeBatch, pack, pad
 from pipeline_lib.text.visibility import Visibility
 from tests.toy import short_tree, tiny_llama
@@ -44,14 +45,35 @@ def drawn(visibility: Visibility, *, heads: int, prefix: int) -> tuple[Tensor, T
 def test_blocks_equal_trees_on_any_layer(heads: int, prefix: int, window: int | None, softcap: float | None) -> None:
     visibility = visibility_of(pack(LONG))
     query, key, value = drawn(visibility, heads=heads, prefix=prefix)
-    by_tree, _ = attention_of_trees(
+    by_part, _ = attention_of_trees(
         nn.Identity(), query, key, value, None, tree_masks=TreeMasks(visibility), scaling=0.3,
         sliding_window=window, softcap=softcap,
     )  # fmt: skip
     blocks = block_mask(visibility, prefix=prefix, window=window)
     by_block = flex(query, key, value, blocks, scaling=0.3, softcap=softcap)
-    assert by_tree.shape == (1, visibility.num_positions, 4, 16)
-    torch.testing.assert_close(by_block, by_tree, rtol=0, atol=2e-6)
+    assert by_part.shape == (1, visibility.num_positions, 4, 16)
+    torch.testing.assert_close(by_block, by_part, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "window", "softcap"), [(0, None, None), (5, None, None), (0, 40, None), (3, 150, 2.0)]
+)
+def test_trees_in_parts_equal_whole_trees(
+    prefix: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for worth in (0, 10**9):
+        monkeypatch.setattr(visibility_module, "PAIRS_WORTH_A_PART", worth)
+        visibility = visibility_of(pack(LONG))
+        drawn_here = [tensor.double().requires_grad_() for tensor in drawn(visibility, heads=2, prefix=prefix)]
+        output, _ = attention_of_trees(
+            nn.Identity(), *drawn_here, None, tree_masks=TreeMasks(visibility), sliding_window=window, softcap=softcap
+        )
+        output.square().sum().backward()
+        found[worth] = [output, *(tensor.grad for tensor in drawn_here)], len(visibility.parts)
+    assert found[0][1] > found[10**9][1]
+    for one, other in zip(found[0][0], found[10**9][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 def test_blocks_that_no_tree_sees_are_left_out() -> None:
@@ -86,8 +108,8 @@ def test_masks_are_made_once_a_batch() -> None:
     masks = TreeMasks(visibility_of(pack(LONG)))
     how: dict[str, Any] = {"prefix": 0, "window": None}
     assert masks.blocks(**how) is masks.blocks(**how)
-    first = masks.by_tree(**how, dtype=torch.float32)
-    assert first is masks.by_tree(**how, dtype=torch.float32)
+    first = masks.by_part(**how, dtype=torch.float32)
+    assert first is masks.by_part(**how, dtype=torch.float32)
     assert masks.for_queries(masks.visibility.num_positions) is masks
     assert masks.for_queries(masks.visibility.num_positions + 2) is masks.for_queries(
         masks.visibility.num_positions + 2
@@ -102,7 +124,7 @@ def with_flex(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(query.shape[2])
         return attention._block_by_block(query, *args, **how)
 
-    monkeypatch.setattr(attention, "_tree_by_tree", by_block)
+    monkeypatch.setattr(attention, "_part_by_part", by_block)
     return calls
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pipeline_lib.text import visibility as visibility_module
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch, pack, pad
-from pipeline_lib.text.visibility import PROMPT, TRUNK, Visibility
+from pipeline_lib.text.visibility import PROMPT, TRUNK, Part, Visibility
 from tests.toy import short_tree
 
 shapes = st.lists(
@@ -77,7 +80,6 @@ def test_a_mask_by_hand() -> None:
     assert visibility.branch_T.tolist() == [0, 0, 0, 1, 1, 2, 0, 1]
     assert visibility.position_T.tolist() == [0, 1, 2, 3, 4, 3, 2, 3]
     assert visibility.sizes == (2, 4, 2)
-    assert visibility.is_chain == (True, False, True)
     assert visibility.longest_text == 5
     picture = ["".join("x" if seen else "." for seen in row) for row in visibility.dense().tolist()]
     assert picture == [
@@ -90,6 +92,49 @@ def test_a_mask_by_hand() -> None:
         "xx....x.",
         "xx....xx",
     ]
+
+
+def seen_by_parts(visibility: Visibility) -> Tensor:
+    """Write out the mask that the parts stand for; parts that branch inside take it from the rule."""
+    num = visibility.num_positions
+    mask_TT = torch.zeros(num, num, dtype=torch.bool)
+    places, start = [], 0
+    for part in visibility.parts:
+        own = slice(start, start + part.size)
+        places.append(own)
+        for index in part.before:
+            mask_TT[own, places[index]] = True
+        inside = torch.ones(part.size, part.size, dtype=torch.bool).tril()
+        mask_TT[own, own] = inside if part.is_causal else visibility.between(own, own)
+        start += part.size
+    assert start == num
+    return mask_TT
+
+
+@given(st.integers(0, 4), shapes, st.sampled_from([0, 3, 10, 10**9]))
+@settings(max_examples=80, deadline=None)
+def test_parts_are_the_mask(shared: int, forest: list[tuple[int, list[int]]], worth: int) -> None:
+    with patch.object(visibility_module, "PAIRS_WORTH_A_PART", worth):
+        visibility = packed(shared, forest)
+        assert seen_by_parts(visibility).tolist() == by_hand(visibility)
+        if worth == 0:
+            assert all(part.is_causal for part in visibility.parts)
+
+
+def test_parts_by_hand() -> None:
+    with patch.object(visibility_module, "PAIRS_WORTH_A_PART", 0):
+        visibility = packed(2, [(1, [2, 1]), (1, [1])])
+        assert visibility.parts == (
+            Part(2, (), is_causal=True),
+            Part(1, (0,), is_causal=True),
+            Part(2, (0, 1), is_causal=True),
+            Part(1, (0, 1), is_causal=True),
+            Part(2, (0,), is_causal=True),
+        )
+    small = packed(2, [(1, [2, 1]), (1, [1])])
+    assert small.parts == (Part(2, (), is_causal=True), Part(4, (0,), is_causal=False), Part(2, (0,), is_causal=True))
+    large = packed(0, [(100, [80, 60])])
+    assert [part.size for part in large.parts] == [100, 80, 60]
 
 
 def test_tokens_put_in_front_are_seen_by_all() -> None:
