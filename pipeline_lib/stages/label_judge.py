@@ -47,7 +47,7 @@ def ask_judge(
         JudgeError: The judge cannot be asked, or too few of its answers can be read.
         InterruptedRunError: The process was asked to end; the answers so far are kept.
     """
-    asking = Asking.of(labels.form, labels.scale, labels.question)
+    asking = labels.asking
     asked = [asking.questions(each.sampled.prompt.messages, each.texts) for each in shown]
     owner = {question.key: each for each, own in zip(shown, asked, strict=True) for question in own}
     questions = {question.key: question for own in asked for question in own}

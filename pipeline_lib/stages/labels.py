@@ -20,8 +20,8 @@ from pipeline_lib.errors import DataError, LabelsWantedError
 from pipeline_lib.feedback.agreement import agreement, preferred
 from pipeline_lib.feedback.annotation import LabelItem, read_labels, write_items
 from pipeline_lib.feedback.answers import ChatEndpoint
-from pipeline_lib.feedback.questions import Form, Scale
-from pipeline_lib.hashing import derive_seed, sha256_file
+from pipeline_lib.feedback.questions import Asking, Form, Scale
+from pipeline_lib.hashing import derive_seed, sha256_bytes, sha256_file
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.stages.rollout_rows import Compared, SampledPrompt, ScoredResponse, Selection
 from pipeline_lib.stages.rollouts import SAMPLES, write_rows
@@ -69,9 +69,22 @@ class JudgeLabels(Frozen):
             raise ValueError("give one of endpoint and recorded")
         return self
 
-    def files(self) -> tuple[str, ...]:
-        """Return the files that it reads."""
-        return tuple(place for place in (self.recorded, self.question, self.gold) if place is not None)
+    @property
+    def asking(self) -> Asking:
+        """How is asked, with its words."""
+        return Asking.of(self.form, self.scale, self.question)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the sha256 of the words that are asked, and of the files that are read.
+
+        Raises:
+            ConfigError: The words are not there, or show no answers.
+        """
+        files = (place for place in (self.recorded, self.gold) if place is not None)
+        return {
+            "question": sha256_bytes(self.asking.template.encode()),
+            **{place: _sha256_at(place) for place in files},
+        }
 
 
 class PeopleLabels(Frozen):
@@ -100,13 +113,18 @@ class LabelsConfig(Frozen):
     compared: Compared = "all"
     """Comparisons: all responses of a prompt, or its best and its worst."""
     fingerprints: dict[str, str] = Field(default_factory=dict)
-    """Sha256 of the files that are read, written when the stage is planned; empty for one that is not there."""
+    """Sha256 of what is read, written when the stage is planned; empty for a file that is not there."""
 
     def current_fingerprints(self) -> dict[str, str]:
-        """Return the sha256 of the files as they are now."""
-        places = (self.file,) if isinstance(self.labels, PeopleLabels) else self.labels.files()
-        paths = {place: Path(place).expanduser() for place in places}
-        return {place: sha256_file(path) if path.is_file() else "" for place, path in paths.items()}
+        """Return the sha256 of what is read as it is now."""
+        if isinstance(self.labels, PeopleLabels):
+            return {self.file: _sha256_at(self.file)}
+        return self.labels.fingerprints()
+
+
+def _sha256_at(place: str) -> str:
+    path = Path(place).expanduser()
+    return sha256_file(path) if path.is_file() else ""
 
 
 def pin_labels(config: LabelsConfig) -> LabelsConfig:

@@ -248,6 +248,25 @@ def test_recorded_answers_judge_without_a_line(bench: Bench, scorer: Scorer, tmp
     assert agreement_in(directory)["unread"] == {"unanswered": 2}
 
 
+def test_other_words_are_another_judgement(bench: Bench, scorer: Scorer, tmp_path: Path) -> None:
+    path = tmp_path / "question.txt"
+    with pytest.raises(ConfigError, match="no question for the judge at"):
+        pin_labels(judging(endpoint=endpoint(scorer), question=str(path)))
+    path.write_text("Which is better?\n{answers}")
+    config = judging(endpoint=endpoint(scorer), question=str(path))
+    before = pin_labels(config)
+    scorer.otherwise = saying(longer)
+    directory, _ = bench.run(config)
+    assert (directory / "question.txt").read_text() == path.read_text()
+    assert scorer.asked[0][1]["messages"][0]["content"].startswith("Which is better?\n[The answer of assistant A]\n")
+    path.write_text("Which is better now?\n{answers}")
+    assert pin_labels(config) != before
+    bench.run(config)
+    assert len(scorer.asked) == 16
+    of_program = [pin_labels(judging(endpoint=endpoint(scorer), form=form)) for form in ("pair", "rank")]
+    assert len({pinned.fingerprints["question"] for pinned in of_program}) == 2
+
+
 def write_ranks(path: Path, ranks: Mapping[str, Sequence[int] | None]) -> None:
     """Label the rows of a file, by prompt."""
     rows = [json.loads(line) for line in path.read_text().split("\n") if line]
