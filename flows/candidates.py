@@ -9,9 +9,10 @@ from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages.group import GrpoConfig, RlooConfig
 from pipeline_lib.stages.labels import pin_labels
 from pipeline_lib.stages.places import open_places
-from pipeline_lib.stages.ppo import PpoConfig, heldout_input
+from pipeline_lib.stages.ppo import PpoConfig
 from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.pretraining import pin_pretraining
+from pipeline_lib.stages.reward_models import heldout_input
 from pipeline_lib.stages.rewards import pin_rewards, reward_inputs
 from pipeline_lib.stages.rounds_config import IteratedDpoConfig, RejectionSettings, RoundsSettings
 from pipeline_lib.stages.run_config import Candidate, RunConfig, start_of
@@ -60,9 +61,8 @@ def _job(
     if isinstance(candidate, PpoConfig | RlooConfig | GrpoConfig):
         inputs["reward_model"] = material.reward
         inputs |= reward_inputs(candidate.rewards, material.reward_models)
+        inputs |= heldout_input(candidate, material.reward_models, main=material.reward)
         candidate = pin_rewards(candidate)
-    if isinstance(candidate, PpoConfig):
-        inputs |= heldout_input(candidate, material.reward_models)
     return candidate.method, pin_pretraining(candidate, open_places(stage.services.store)), inputs
 
 

@@ -16,6 +16,7 @@ from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
+from pipeline_lib.models.sampling import SamplingSettings
 from pipeline_lib.models.scoring import Layout, response_logps
 from pipeline_lib.models.settings import LoraSettings
 from pipeline_lib.models.tiny import byte_tokenizer, tiny_config
@@ -23,16 +24,19 @@ from pipeline_lib.schema import Message, Origin, Record, Response, Role
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.training.critic import Critic, Normalization
+from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.preferences import MISMATCHED, comparisons_of, judgement_of, mismatched
 from pipeline_lib.training.recipe import Recipe
+from pipeline_lib.training.recipes.group import GroupRecipe
 from pipeline_lib.training.recipes.ppo import PpoRecipe
 from pipeline_lib.training.recipes.preference import PreferenceRecipe
 from pipeline_lib.training.recipes.reward import Label, RewardRecipe
 from pipeline_lib.training.recipes.sft import SftRecipe
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.rollout import Rollouts
+from pipeline_lib.training.rollout import ValuedRollouts
+from pipeline_lib.training.sampling_rollouts import GroupSampler, GroupScorer
 from pipeline_lib.training.settings import OfflineSettings, OptimizerSettings, PpoSettings, TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, prepare
 
@@ -158,7 +162,37 @@ def ppo_recipe(directory: Path, reward_directory: Path, chosen: PpoSettings, *, 
     )  # fmt: skip
 
 
-def of_one_iteration(recipe: PpoRecipe) -> Rollouts:
+GROUP_METHODS: dict[str, type[RlooSettings | GrpoSettings]] = {"rloo": RlooSettings, "grpo": GrpoSettings}
+
+
+def group_settings(method: str, **changes: Any) -> RlooSettings | GrpoSettings:
+    """Settings of an RLOO or GRPO of seconds: four steps an iteration, three samples of each of four prompts."""
+    shared = settings().model_dump(include=set(TrainingSettings.model_fields))
+    optimizer = {"learning_rate": 1e-3, "schedule": "constant", "warmup_frac": 0.0}
+    optimizer |= dict(changes.pop("optimizer", {}))
+    values = shared | {
+        "batch_size": 4, "iterations": 2, "samples_per_prompt": 3, "minibatches": 2, "mu": 2, "max_new_tokens": 6,
+        "missing_eos": "keep", "optimizer": OptimizerSettings(**optimizer),
+    }  # fmt: skip
+    return GROUP_METHODS[method].model_validate(values | changes)
+
+
+def group_recipe(
+    directory: Path, chosen: RlooSettings | GrpoSettings, scorer: GroupScorer, *, world: World, **how: Any
+) -> GroupRecipe:
+    """RLOO or GRPO from the tiny policy of a folder against whatever gives scores."""
+    further = {name: how.pop(name) for name in ("heldout", "min_prompts", "policy") if name in how}
+    policy = further.pop("policy", None) or policy_of(directory, chosen)
+    sampler = GroupSampler(
+        policy, Reference.of(policy), scorer, layout(**how), chat(),
+        SamplingSettings(max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature, batch_size=5),
+        chosen.samples_per_prompt, should_stop=lambda: world.should_stop(), on_text=world.texts.append,
+        generator_spec=chosen.generator, **further,
+    )  # fmt: skip
+    return GroupRecipe(sampler, PPO_PROMPTS, settings=chosen, layout=layout(**how))
+
+
+def of_one_iteration(recipe: PpoRecipe) -> ValuedRollouts:
     """What PPO samples and measures in its first iteration."""
     recipe.micro_batches(0)
     assert recipe.rollouts is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
 
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
+from pipeline_lib.stages.names import Name
+from pipeline_lib.stages.reward_models import MAIN, open_heldout, open_reward_model, require_held_out
 from pipeline_lib.stages.rewards import open_scorer
 from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
 from pipeline_lib.training.reward_set import MAIN_REWARD_MODEL, RewardSet
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline_lib.training.reference import Reference
     from pipeline_lib.training.sampling_rollouts import GroupScorer
 
-VERSION = 2
+VERSION = 3
 
 
 class RlooConfig(RlooSettings):
@@ -26,8 +29,15 @@ class RlooConfig(RlooSettings):
 
     method: Literal["rloo"] = "rloo"
     """The method of this candidate."""
+    heldout_reward_model: Name | None = Field(None, title="Held-out reward model")
+    """One of `reward_models` that measures every iteration and is not trained against; null: none."""
     rewards: RewardSet | None = None
     """Where scores come from, as a weighted sum; null: the reward model alone."""
+
+    @model_validator(mode="after")
+    def _heldout_is_held_out(self) -> Self:
+        require_held_out(self)
+        return self
 
 
 class GrpoConfig(GrpoSettings):
@@ -35,14 +45,21 @@ class GrpoConfig(GrpoSettings):
 
     method: Literal["grpo"] = "grpo"
     """The method of this candidate."""
+    heldout_reward_model: Name | None = Field(None, title="Held-out reward model")
+    """One of `reward_models` that measures every iteration and is not trained against; null: none."""
     rewards: RewardSet | None = None
     """Where scores come from, as a weighted sum; null: the reward model alone."""
+
+    @model_validator(mode="after")
+    def _heldout_is_held_out(self) -> Self:
+        require_held_out(self)
+        return self
 
 
 def run(config: RlooConfig | GrpoConfig, inputs: Inputs, context: StageContext) -> StageOutput:
     """Train; inputs `sft_model`, `reward_model`, `dataset`; output kind `model`.
 
-    Further inputs: `reward_model:<name>` for each reward model that `rewards` ask.
+    Further inputs: `heldout_reward_model` where one is named, `reward_model:<name>` for each that `rewards` ask.
 
     Raises:
         DataError: A prompt is empty or longer than the model's context.
@@ -50,7 +67,6 @@ def run(config: RlooConfig | GrpoConfig, inputs: Inputs, context: StageContext) 
     from pipeline_lib.models.base import load_causal_model  # noqa: PLC0415  (torch)
     from pipeline_lib.models.sampling import SamplingSettings  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.collection import require_prompts  # noqa: PLC0415  (torch)
     from pipeline_lib.training.recipes.group import GroupRecipe  # noqa: PLC0415  (torch)
     from pipeline_lib.training.reference import Reference  # noqa: PLC0415  (torch)
     from pipeline_lib.training.sampling_rollouts import GroupSampler, prompt_trees  # noqa: PLC0415  (torch)
@@ -62,28 +78,20 @@ def run(config: RlooConfig | GrpoConfig, inputs: Inputs, context: StageContext) 
     prompts = stage.require_rows(prompt_trees(encoder, records), "prompts", Split.POLICY)
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
-    context_tokens = getattr(policy.model.config, "max_position_embeddings", None)
-    require_prompts(prompts, context_tokens=context_tokens, max_new_tokens=config.max_new_tokens)
     layout = stage.layout_for(encoder, config, is_packed=policy.is_packed)
     reference = Reference.of(policy)
-
-    def on_speed(step: int, speeds: Mapping[str, float]) -> None:
-        # Beside the series: what differs from run to run must not be in the artifact.
-        context.events.metrics(step, {f"{config.method}/{name}": value for name, value in speeds.items()})
-
     sampler = GroupSampler(
         policy, reference, _scorer(config, records, inputs, context, reference, layout, encoder.chat), layout,
         encoder.chat, SamplingSettings(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
         config.samples_per_prompt, should_stop=context.should_stop, on_text=context.log,
         min_prompts=config.minibatches, generator_spec=config.generator,
+        heldout=open_heldout(config, policy, inputs, context),
     )  # fmt: skip
+    on_speed = stage.speeds_to(context, metric_prefix=config.method)
     recipe = GroupRecipe(sampler, prompts, settings=config, layout=layout, on_speed=on_speed)
     series = stage.train(recipe, config, context, metric_prefix=config.method)
-    lines = [json.dumps(json.loads(row), ensure_ascii=False, sort_keys=True) + "\n" for row in recipe.samples]
-    (context.workdir / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    policy.save(context.workdir / "model")
     facts = {"dtype": str(dtype), "template_sha256": encoder.chat.template_sha256, "rows": len(prompts)}
-    stage.write_facts(context.workdir, facts)
+    stage.write_online(recipe, context, facts, kl_weight="beta")
     names = ("score", "ref_kl_nats", "response_tokens", "finished_frac")
     return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})
 
@@ -98,17 +106,14 @@ def _scorer(
     chat: ChatTokenizer,
 ) -> GroupScorer:
     """Return what scores groups: the reward model, or a set of sources."""
-    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.critic import FrozenRewardModel, Normalization  # noqa: PLC0415  (torch)
     from pipeline_lib.training.reward_scoring import GroupSetScorer  # noqa: PLC0415  (torch)
     from pipeline_lib.training.sampling_rollouts import RewardModelScorer  # noqa: PLC0415  (torch)
 
-    directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
-    normalization = Normalization(**stage.read_json(directory.parent / "normalization.json"))
+    is_asked = config.rewards is None or MAIN_REWARD_MODEL in config.rewards.reward_models
+    main = open_reward_model(MAIN, config, reference.policy, inputs, context) if is_asked else None
     if config.rewards is None:
-        return RewardModelScorer(directory, config, normalization, layout)
-    is_asked = MAIN_REWARD_MODEL in config.rewards.reward_models
-    main = FrozenRewardModel(directory, normalization, settings=config) if is_asked else None
+        assert main is not None, "it is asked"
+        return RewardModelScorer(main, layout, context.should_stop)
     each = open_scorer(
         config.rewards, records, inputs, context, settings=config, main=main, reference=reference, layout=layout,
         chat=chat,

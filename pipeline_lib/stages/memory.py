@@ -70,10 +70,11 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
 def _copies(settings: TrainingSettings) -> int:
     """Count the backbones that a candidate's training holds, at least: four where PPO trains them whole.
 
-    Adapters of PPO's critic stand on the policy's own base, or on a second one.
+    Reward models' adapters stand on the policy's own base, or each on another.
     """
     if isinstance(settings, GroupSettings):
-        return 2  # policy and reward model; where all weights train, what is frozen counts for the rest
+        # Policy and reward model; where all weights train, what is frozen counts for the rest.
+        return 1 if can_share(settings.adapter) else 2
     if not isinstance(settings, PpoSettings):
         return 1
     return (1 if can_share(settings.adapter) else 2) if settings.adapter is not None else 4

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pipeline_lib.errors import ConfigError, DataError
 from pipeline_lib.schema import ArtifactRef, Record
 from pipeline_lib.stages.contract import Inputs, StageContext
+from pipeline_lib.stages.reward_models import open_reward_model
 from pipeline_lib.training.reward_set import MAIN_REWARD_MODEL, RewardSet
 from pipeline_lib.training.settings import TrainingSettings
 
@@ -81,9 +82,9 @@ def open_scorer(
         records: The rows that prompts are taken from.
         inputs: The stage's inputs; further reward models are `reward_model:<name>`.
         context: The stage's context.
-        settings: Precision of further reward models.
+        settings: Number format of further reward models, and the policy's adapter.
         main: Scores as the main reward model does; None where no source asks it.
-        reference: The model that judges.
+        reference: The model that judges; its policy's base carries further reward models that were trained on it.
         layout: How responses become forwards.
         chat: The tokenizer.
 
@@ -107,7 +108,10 @@ def open_scorer(
             next_step="run again: the run is planned anew with the files as they are",
         )
     models: dict[str, Critic | FrozenRewardModel] = {} if main is None else {MAIN_REWARD_MODEL: main}
-    models |= _further_models(inputs, context, settings)
+    for name in inputs:
+        if name.startswith(INPUT_PREFIX):
+            model = open_reward_model(name, settings, reference.policy, inputs, context)
+            models[name.removeprefix(INPUT_PREFIX)] = model
 
     def on_problem(sample: Sample, reason: str) -> None:
         context.log(f"{sample.where} is not scored: {reason}")
@@ -118,17 +122,3 @@ def open_scorer(
         should_stop=context.should_stop, on_problem=on_problem,
     )  # fmt: skip
     return SetScorer(RewardScorer(rewards, resources), {row.id: PromptRow.of(row) for row in records}, chat)
-
-
-def _further_models(inputs: Inputs, context: StageContext, settings: TrainingSettings) -> dict[str, FrozenRewardModel]:
-    """Load the further reward models among a stage's inputs, by name."""
-    from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.critic import FrozenRewardModel, Normalization  # noqa: PLC0415  (torch)
-
-    found: dict[str, FrozenRewardModel] = {}
-    for name, ref in inputs.items():
-        if name.startswith(INPUT_PREFIX):
-            directory = stage.fetch_model(context, ref, name.replace(":", "-"))
-            normalization = Normalization(**stage.read_json(directory.parent / "normalization.json"))
-            found[name.removeprefix(INPUT_PREFIX)] = FrozenRewardModel(directory, normalization, settings=settings)
-    return found

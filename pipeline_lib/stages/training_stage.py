@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pipeline_lib.errors import DataError, IntegrityError, InterruptedRunError
 from pipeline_lib.hashing import canonical_json
@@ -18,6 +18,9 @@ from pipeline_lib.text.encode import Encoder
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from pipeline_lib.training.recipes.online import OwnSamples
 
 SHOWN_ROWS = 8
 """Rows that a message names."""
@@ -116,6 +119,39 @@ def train(
     with (context.workdir / "metrics.jsonl").open("w", encoding="utf-8") as file:
         write_series(series, file)
     return series
+
+
+def speeds_to(context: StageContext, *, metric_prefix: str) -> Callable[[int, Mapping[str, float]], None]:
+    """Return what tells tokens a second with their step.
+
+    They go beside the series: what differs from run to run must not be in the artifact.
+    """
+
+    def on_speed(step: int, speeds: Mapping[str, float]) -> None:
+        context.events.metrics(step, {f"{metric_prefix}/{name}": value for name, value in speeds.items()})
+
+    return on_speed
+
+
+def write_online(recipe: OwnSamples[Any, Any], context: StageContext, facts: dict[str, Any], *, kl_weight: str) -> None:
+    """Write what a training on own samples leaves: `samples.jsonl`, the model, `training.json`.
+
+    Args:
+        recipe: Trained.
+        context: The stage's context.
+        facts: As for `write_facts`; what the circuit breaker did is added.
+        kl_weight: The setting that weighs the KL.
+
+    Raises:
+        DivergedError: The circuit breaker ended the training and nothing was better than its start.
+    """
+    rows = [json.dumps(json.loads(row), ensure_ascii=False, sort_keys=True) for row in recipe.samples]
+    (context.workdir / "samples.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    if recipe.breaker is not None:
+        recipe.breaker.require_gain(kl_weight=kl_weight)
+        facts = facts | recipe.breaker.facts()
+    recipe.policy.save(context.workdir / "model")
+    write_facts(context.workdir, facts)
 
 
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:

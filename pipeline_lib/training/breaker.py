@@ -1,4 +1,4 @@
-"""Circuit breaker of PPO: limits on what an iteration's rollouts show, and what happens past them.
+"""Circuit breaker of PPO, RLOO and GRPO: limits on what an iteration's rollouts show, and what happens past them.
 
 A good iteration's weights, moments and averages are kept before it is trained on. The first breach
 goes back to them at half the learning rate and samples the iteration anew; the second ends the
@@ -141,7 +141,7 @@ class CircuitBreaker:
         if self.good_iteration < 0:
             raise DivergedError(
                 f"{told}, before any update: the model that training starts from is past the limit",
-                next_step="set this limit of ppo.breaker so that the starting model is within it, or null",
+                next_step="set this limit of `breaker` so that the starting model is within it, or null",
             )
         self.breaches.append(told)
         if self.has_ended:
@@ -172,6 +172,26 @@ class CircuitBreaker:
                     state[slot] = kept[slot].clone() if kept else torch.zeros_like(torch.as_tensor(value))
         if self._average is not None:
             self._average.load({key: self._good[f"averages/{key}"] for key in self._average.averages})
+
+    def require_gain(self, *, kl_weight: str) -> None:
+        """Stop where a breach ended the training and nothing was better than its start.
+
+        Args:
+            kl_weight: The setting that weighs the KL.
+
+        Raises:
+            DivergedError: With the breaches.
+        """
+        if self.has_ended and self.best_is_start:
+            raise DivergedError(
+                f"the circuit breaker ended the training, {'; '.join(self.breaches)}, and no iteration had a higher "
+                "reward than the model that it started from",
+                next_step=f"raise {kl_weight}, lower optimizer.learning_rate, or widen the limit of `breaker`",
+            )
+
+    def facts(self) -> dict[str, object]:
+        """Return which limits were breached and which state is the best; empty without a breach."""
+        return {"breaches": self.breaches, "best_iteration": self.best_iteration} if self.breaches else {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the kept states, for a checkpoint."""

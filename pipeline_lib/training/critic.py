@@ -12,7 +12,7 @@ The value can also start as 0 everywhere: its head's weights are then 0, and it 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from pipeline_lib.models.backbone import hidden_states
 from pipeline_lib.models.heads import head_of, load_scalar_model, scalar_at
 from pipeline_lib.models.precision import default_device
 from pipeline_lib.models.shared_base import StoredAdapter, add_trained_adapter, only_adapters, put_adapter
+from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.recipe import ParameterGroup
 from pipeline_lib.training.settings import TrainingSettings
@@ -34,7 +35,7 @@ from pipeline_lib.training.trained_model import TrainedModel, dtype_for, prepare
 
 ValueInit = Literal["reward_model", "zero"]
 REWARD, VALUE = "reward_model", "value_function"
-"""Names of the critic's adapters on the policy's base."""
+"""Names of the critic's adapters on the policy's base; further reward models are REWARD_<number>."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Normalization:
 
 
 class FrozenRewardModel:
-    """A further reward model that only scores, e.g. one that no policy is trained against."""
+    """A reward model that only scores, on a base of its own or on the policy's."""
 
     def __init__(self, directory: Path, normalization: Normalization, *, settings: TrainingSettings) -> None:
         """Load a reward model's folder.
@@ -62,7 +63,40 @@ class FrozenRewardModel:
         """
         model = load_scalar_model(directory, dtype=dtype_for(settings)).to(default_device())
         self.model = model.eval().requires_grad_(requires_grad=False)
+        self.head_1D: Tensor = head_of(self.model).weight
         self.normalization = normalization
+        self._on: tuple[PeftModel, str] | None = None
+
+    @classmethod
+    def on_policy(cls, policy: TrainedModel, stored: StoredAdapter, normalization: Normalization) -> FrozenRewardModel:
+        """Put a reward model on the policy's own base, as a frozen adapter beside those that are there.
+
+        Args:
+            policy: With a LoRA adapter, on the weights that the reward model was trained on.
+            stored: The reward model's adapter and head.
+            normalization: Its gain and bias.
+
+        Raises:
+            IntegrityError: The adapter does not go on the policy's layers.
+        """
+        assert isinstance(policy.adapter, PeftModel), "only adapters share a base"
+        made = cls.__new__(cls)
+        name = f"{REWARD}_{len(policy.adapter.peft_config)}"
+        put_adapter(policy.adapter, name, stored)
+        made.model, made.normalization = policy.model, normalization
+        made.head_1D = stored.head_1D.detach().float().clone().to(policy.model.device)
+        made._on = policy.adapter, name
+        return made
+
+    @property
+    def is_on_policy(self) -> bool:
+        """True where the policy's base is this model's too."""
+        return self._on is not None
+
+    @property
+    def is_packed(self) -> bool:
+        """True where the model takes prompt trees."""
+        return supports_trees(self.model)
 
     def scores(self, batch: TreeBatch) -> Tensor:
         """Score each response at its last token, `(R,)`, normalised."""
@@ -70,9 +104,10 @@ class FrozenRewardModel:
 
     @torch.no_grad()
     def raw_scores(self, batch: TreeBatch) -> Tensor:
-        """Score each response as the head does, `(R,)`."""
-        hidden_PD = hidden_states(self.model, batch)
-        return scalar_at(hidden_PD, head_of(self.model).weight, batch.last_R)
+        """Score each response as the head does, `(R,)`; on the policy's base, the policy is silent meanwhile."""
+        with nullcontext() if self._on is None else only_adapters(*self._on):
+            hidden_PD = hidden_states(self.model, batch)
+        return scalar_at(hidden_PD, self.head_1D, batch.last_R)
 
 
 class Critic:
@@ -152,6 +187,11 @@ class Critic:
     def is_on_policy(self) -> bool:
         """True where the policy's base is the critic's too."""
         return self.value.adapter_name == VALUE
+
+    @property
+    def is_packed(self) -> bool:
+        """True where both take prompt trees."""
+        return self.value.is_packed
 
     def group(self, *, learning_rate: float) -> ParameterGroup:
         """Return the value function's parameters."""

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline_lib.generation import GeneratorSpec
-from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.settings import BreakerSettings, TrainingSettings
 
 
 class GroupSettings(TrainingSettings):
@@ -33,15 +33,12 @@ class GroupSettings(TrainingSettings):
     """The ratio is clipped to 1 -+ this; at the first step of an iteration it is 1."""
     max_kl_nats: float = Field(50.0, gt=0)
     """Stop with an error when the mean KL of an iteration's responses exceeds this."""
+    breaker: BreakerSettings | None = None
+    """Limits that go back and then end the training, instead of an error; null: only `max_kl_nats`."""
     missing_eos: Literal["keep", "replace", "penalty"] = "replace"
     """What happens to the score of a response that did not end by itself."""
     missing_eos_value: float = -1.0
     """The score that replaces it, or what is added to it."""
-
-    @property
-    def steps_per_iteration(self) -> int:
-        """Optimizer steps between two rounds of sampling."""
-        return self.mu * self.minibatches
 
     @model_validator(mode="after")
     def _has_no_dropout(self) -> Self:

@@ -16,9 +16,9 @@ from pipeline_lib.models.scoring import Layout
 from pipeline_lib.schema import Message, Record
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
-from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.collection import Scored
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
+from pipeline_lib.training.measuring import scores_in_order
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.reward_set import RewardScorer
@@ -135,19 +135,10 @@ class ModelScores:
                 f"there is no reward model {name!r}",
                 next_step=f"name one of {', '.join(sorted(self.models))}, or add it to reward_models",
             )
-        model = self.models[name]
-        scores: Callable[[TreeBatch], torch.Tensor] = model.raw_scores if is_raw else model.scores
-        # A tree's record id is its row's, which several responses may share: the place in the list is not.
-        placed = [
-            Tree(str(place), tree.prompt_ids, tree.response_ids, tree.prompt_counts) for place, tree in enumerate(trees)
-        ]
-        found: dict[int, float] = {}
-        for batch in self.layout.batches(placed):
-            if self.should_stop():
-                raise StopRequestedError
-            values = scores(batch.to(self.device)).float().tolist()
-            found |= {int(tree.record_id): value for tree, value in zip(batch.trees, values, strict=True)}
-        return [found[place] for place in range(len(trees))]
+        found = scores_in_order(
+            self.models[name], trees, self.layout, device=self.device, should_stop=self.should_stop, is_raw=is_raw
+        )
+        return list(found.tolist())
 
 
 @dataclass(frozen=True)

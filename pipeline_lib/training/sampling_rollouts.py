@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,25 +17,22 @@ from torch import Tensor
 from pipeline_lib.errors import DivergedError, RewardError
 from pipeline_lib.generation import open_generator
 from pipeline_lib.generation.contract import Generator
-from pipeline_lib.models.heads import load_scalar_model
-from pipeline_lib.models.logprobs import token_logps
-from pipeline_lib.models.precision import default_device
 from pipeline_lib.models.sampling import SamplingSettings
-from pipeline_lib.models.scoring import Layout, response_scores
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.registry import PluginSpec
 from pipeline_lib.schema import Record
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
-from pipeline_lib.training.collection import Scored, scores_once
-from pipeline_lib.training.critic import Normalization
+from pipeline_lib.text.pack import TreeBatch
+from pipeline_lib.training.collection import Scored, require_finite_scores, scores_once
+from pipeline_lib.training.critic import FrozenRewardModel
 from pipeline_lib.training.generating import EveryEighth, mismatch_nats, policy_for
+from pipeline_lib.training.measuring import logps_and_kl, scores_in_order, tokens_in_order
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.settings import TrainingSettings
-from pipeline_lib.training.trained_model import TrainedModel, dtype_for
+from pipeline_lib.training.rollout import Rollouts, rollout_tree
+from pipeline_lib.training.trained_model import TrainedModel
 
-_INTS = ("prompt_ids", "prompt_lengths_G", "response_ids", "lengths_R")
-_PART = "part:"
 _SHOWN = 8
 
 
@@ -53,81 +49,9 @@ class GroupScorer(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class GroupRollouts:
-    """The samples of one iteration, with what policy, reference and reward say of them."""
-
-    trees: tuple[Tree, ...]
-    """One prompt and its K samples each; the record id is the prompt's place in the iteration."""
-    logp_N: Tensor
-    """Log-probability under the policy that sampled, at the sampling temperature, nats."""
-    ref_logp_N: Tensor
-    """Log-probability under the reference, nats."""
-    entropy_N: Tensor
-    """Entropy of the policy's prediction, nats."""
-    score_R: Tensor
-    """Score of each response, before any missing-EOS rule."""
-    is_finished_R: Tensor
-    """True where the response ended by itself."""
-    parts_R: dict[str, Tensor] = field(default_factory=dict)
-    """What the score is made of, by name, a number a response or one of all; empty where it has no parts."""
-    mismatch_nats: Tensor | None = None
-    """Mean difference a token between the log-probabilities of sampler and trainer; None where they are one model."""
-
-    @property
-    def samples_per_prompt(self) -> int:
-        """K."""
-        return len(self.trees[0].response_ids)
-
-    @property
-    def lengths_R(self) -> list[int]:
-        """Tokens of each response."""
-        return [len(ids) for tree in self.trees for ids in tree.response_ids]
-
-    def by_tree(self, values_N: Tensor) -> list[Tensor]:
-        """Split a figure of every token into one tensor a prompt."""
-        return list(values_N.split([sum(map(len, tree.response_ids)) for tree in self.trees]))
-
-    def by_response(self, values_N: Tensor) -> list[Tensor]:
-        """Split a figure of every token into one tensor a response."""
-        return list(values_N.split(self.lengths_R))
-
-    def groups(self, values_R: Tensor) -> Tensor:
-        """Lay a figure of every response out as (G, K)."""
-        return values_R.view(len(self.trees), self.samples_per_prompt)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the whole as tensors, for a checkpoint."""
-        mismatch = {} if self.mismatch_nats is None else {"mismatch_nats": self.mismatch_nats}
-        return {
-            **mismatch,
-            **{_PART + name: value for name, value in self.parts_R.items()},
-            "prompt_ids": torch.tensor([token for tree in self.trees for token in tree.prompt_ids]),
-            "prompt_lengths_G": torch.tensor([len(tree.prompt_ids) for tree in self.trees]),
-            "response_ids": torch.tensor([token for tree in self.trees for ids in tree.response_ids for token in ids]),
-            "lengths_R": torch.tensor(self.lengths_R),
-            "logp_N": self.logp_N, "ref_logp_N": self.ref_logp_N, "entropy_N": self.entropy_N,
-            "score_R": self.score_R, "is_finished_R": self.is_finished_R,
-        }  # fmt: skip
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> GroupRollouts:
-        """Take the whole back from a checkpoint's tensors."""
-        prompts = [row.tolist() for row in tensors["prompt_ids"].split(tensors["prompt_lengths_G"].tolist())]
-        responses = [row.tolist() for row in tensors["response_ids"].split(tensors["lengths_R"].tolist())]
-        samples = len(responses) // len(prompts)
-        trees = tuple(
-            group_tree(index, prompt, responses[index * samples : (index + 1) * samples])
-            for index, prompt in enumerate(prompts)
-        )
-        parts = {name.removeprefix(_PART): value for name, value in tensors.items() if name.startswith(_PART)}
-        figures = {name: value for name, value in tensors.items() if name not in _INTS and not name.startswith(_PART)}
-        return cls(trees, **figures, parts_R=parts)
-
-
 def group_tree(index: int, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> Tree:
     """Return a prompt and its samples as a tree; nothing of the prompt counts."""
-    return Tree(str(index), tuple(prompt_ids), tuple(map(tuple, responses)), (False,) * len(prompt_ids))
+    return rollout_tree(index, prompt_ids, *responses)
 
 
 def prompt_trees(encoder: Encoder, records: Sequence[Record]) -> list[Tree]:
@@ -137,27 +61,19 @@ def prompt_trees(encoder: Encoder, records: Sequence[Record]) -> list[Tree]:
     return [encoder.tree(record.model_copy(update={"responses": (), "ranks": ()})) for record in kept]
 
 
+@dataclass(frozen=True)
 class RewardModelScorer:
-    """A reward model, frozen: the score of a response at its last token, normalised."""
+    """A reward model's normalised score of every response: `GroupScorer`."""
 
-    def __init__(self, directory: Path, settings: TrainingSettings, normalization: Normalization, layout: Layout):
-        """Load a reward model's folder.
-
-        Args:
-            directory: The reward model's files.
-            settings: Precision.
-            normalization: The reward model's gain and bias.
-            layout: How samples are laid out as forwards.
-        """
-        model = load_scalar_model(directory, dtype=dtype_for(settings)).to(default_device()).eval()
-        self.model = model.requires_grad_(requires_grad=False)
-        self.normalization, self.layout = normalization, layout
+    model: FrozenRewardModel
+    layout: Layout
+    should_stop: Callable[[], bool] = lambda: False
 
     def score(self, prompts: Sequence[Tree], samples: Sequence[Tree], is_finished: Sequence[bool]) -> Tensor:  # noqa: ARG002
         """Score every response, prompt by prompt."""
-        by_id = response_scores(self.model, samples, self.layout)
-        raw_R = torch.tensor([score for tree in samples for score in by_id[tree.record_id]])
-        return raw_R * self.normalization.gain + self.normalization.bias
+        return scores_in_order(
+            self.model, samples, self.layout, device=self.model.model.device, should_stop=self.should_stop
+        )
 
 
 @dataclass(frozen=True)
@@ -177,6 +93,8 @@ class GroupSampler:
     """Prompts that must be left where a scorer leaves some out."""
     generator_spec: PluginSpec = field(default_factory=lambda: {"name": "continuous"})
     """What samples the responses."""
+    heldout: FrozenRewardModel | None = None
+    """A reward model that only measures."""
 
     @cached_property
     def generator(self) -> Generator:
@@ -185,7 +103,7 @@ class GroupSampler:
             self.generator_spec, policy_for(self.policy), eos_id=self.chat.eos_id, pad_id=self.chat.pad_id
         )
 
-    def collect(self, prompts: Sequence[Tree], *, seed: int, where: str) -> GroupRollouts:
+    def collect(self, prompts: Sequence[Tree], *, seed: int, where: str) -> Rollouts:
         """Return the rollouts of some prompts, a function of (seed, prompts, weights).
 
         Args:
@@ -201,7 +119,7 @@ class GroupSampler:
         with scores_once(self.scorer):
             return self._collect(prompts, seed, where)
 
-    def _collect(self, prompts: Sequence[Tree], seed: int, where: str) -> GroupRollouts:
+    def _collect(self, prompts: Sequence[Tree], seed: int, where: str) -> Rollouts:
         told = EveryEighth(len(prompts))
 
         def on_batch(done: int) -> None:
@@ -235,12 +153,30 @@ class GroupSampler:
             )
             is_finished = is_finished[rows]
             drawn = [drawn[row] for row in rows]
-        figures = self._logps(trees)
+            prompts = [prompts[group] for group in groups]
+        figures = tokens_in_order(trees, self.layout, self._of_batch, device=self._device, should_stop=self.should_stop)
         lengths = [len(ids) for tree in trees for ids in tree.response_ids]
-        return GroupRollouts(
+        return Rollouts(
             trees, **figures, score_R=score_R, is_finished_R=is_finished, parts_R=scored.parts_R,
+            heldout_score_R=self._heldout_scores(trees, prompts),
             mismatch_nats=mismatch_nats(drawn, figures["logp_N"].split(lengths)),
         )  # fmt: skip
+
+    def _of_batch(self, batch: TreeBatch) -> dict[str, Tensor]:
+        return logps_and_kl(self.policy, self.reference, batch, temperature=self.settings.temperature)
+
+    def _heldout_scores(self, trees: Sequence[Tree], prompts: Sequence[Tree]) -> Tensor | None:
+        if self.heldout is None:
+            return None
+        score_R = scores_in_order(self.heldout, trees, self.layout, device=self._device, should_stop=self.should_stop)
+        of_responses = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
+        require_finite_scores(score_R, of_responses, whose="the held-out reward model")
+        return score_R
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.policy.model.device
+        return device
 
     def _whole_groups(self, kept: Sequence[int], num_prompts: int, where: str) -> list[int]:
         """Return the prompts of which every sample has a score: the others tell less than they should."""
@@ -255,28 +191,6 @@ class GroupSampler:
                 next_step="correct the reward sources, raise batch_size or lower minibatches",
             )
         return groups
-
-    @torch.no_grad()
-    def _logps(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
-        """Measure all samples under policy and reference, in rollout order."""
-        temperature = self.settings.temperature
-        found: dict[str, list[Tensor]] = {}
-        for batch in self.layout.batches(trees):
-            self._stop_as_asked()
-            moved = batch.to(self.policy.model.device)
-            own = token_logps(self.policy.model, moved, temperature=temperature, with_entropy=True)
-            with self.reference.active() as reference_model:
-                ref = token_logps(reference_model, moved, temperature=temperature)
-            assert own.entropy_N is not None
-            sizes = [sum(map(len, tree.response_ids)) for tree in batch.trees]
-            parts = [
-                values.float().cpu().split(sizes) for values in (own.token_logp_N, ref.token_logp_N, own.entropy_N)
-            ]
-            for tree, *rows in zip(batch.trees, *parts, strict=True):
-                found[tree.record_id] = rows
-        rows_of = [found[tree.record_id] for tree in trees]
-        names = ("logp_N", "ref_logp_N", "entropy_N")
-        return {name: torch.cat([rows[place] for rows in rows_of]) for place, name in enumerate(names)}
 
     def _stop_as_asked(self) -> None:
         if self.should_stop():

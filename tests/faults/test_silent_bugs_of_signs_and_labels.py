@@ -28,7 +28,7 @@ from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.ranking import RankedPairs
 from pipeline_lib.training.recipes import ppo as ppo_module
 from pipeline_lib.training.recipes.sft import SftRecipe
-from pipeline_lib.training.rollout import Rollouts, rollout_tree
+from pipeline_lib.training.rollout import ValuedRollouts, rollout_tree
 from tests.toy import (
     DEMONSTRATIONS,
     World,
@@ -85,8 +85,8 @@ def check_reward_sign(directory: Path, reward_directory: Path, world: World) -> 
         logp_N = token_logps(recipe.policy.model, pack(trees)).token_logp_N
     zeros_N = torch.zeros(8)
     both = torch.tensor([True, True])
-    recipe._collect = lambda iteration: Rollouts(  # type: ignore[method-assign]
-        trees, logp_N, logp_N, zeros_N, zeros_N, torch.tensor([1.0, -1.0]), both
+    recipe._collect = lambda iteration: ValuedRollouts(  # type: ignore[method-assign]
+        trees, logp_N, logp_N, zeros_N, torch.tensor([1.0, -1.0]), both, value_N=zeros_N
     )
     before = margin()
     world.loop(recipe, chosen).run()
@@ -99,9 +99,10 @@ def check_kl_sign(directory: Path, reward_directory: Path, world: World) -> None
     recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
     trees = tuple(rollout_tree(index, [5], [7, 8]) for index in range(2))
     zeros_N, both = torch.zeros(4), torch.tensor([True, True])
-    rollouts = Rollouts(
-        trees, torch.tensor([-1.0, -1.0, -2.0, -2.0]), torch.full((4,), -3.0), zeros_N, zeros_N, torch.zeros(2), both
-    )
+    rollouts = ValuedRollouts(
+        trees, torch.tensor([-1.0, -1.0, -2.0, -2.0]), torch.full((4,), -3.0), zeros_N, torch.zeros(2), both,
+        value_N=zeros_N,
+    )  # fmt: skip
     recipe._finish_iteration(0, rollouts)
     recipe._estimate_advantages(rollouts, [0, 1])
     far, near = recipe._advantages[0].sum(), recipe._advantages[1].sum()

@@ -31,10 +31,13 @@ def made(name: str) -> ArtifactRef:
     return ArtifactRef(kind=name, id=sha256_json(name))
 
 
-def wire(candidates: dict[str, Any]) -> tuple[Recorder, dict[str, str]]:
+def wire(candidates: dict[str, Any], *reward_models: str) -> tuple[Recorder, dict[str, str]]:
     config = RunConfig.model_validate({"dpo": None, "ppo": None, "candidates": candidates})
     recorder = Recorder()
-    material = Material(base=made("base"), sft=made("sft"), reward=made("reward"), dataset=made("dataset"))
+    material = Material(
+        base=made("base"), sft=made("sft"), reward=made("reward"), dataset=made("dataset"),
+        reward_models={name: made(name) for name in reward_models},
+    )  # fmt: skip
     trained = train_candidates(config, recorder, material)  # type: ignore[arg-type]
     return recorder, {name: ref.kind for name, ref in trained.items()}
 
@@ -122,3 +125,17 @@ def test_a_preference_candidate_starts_where_it_says() -> None:
     assert inputs(recorder)["orpo"] == {"sft_model": "base", "dataset": "dataset"}
     assert inputs(recorder)["reference_logps:dpo2"]["sft_model"] == "orpo"
     assert inputs(recorder)["dpo2"]["sft_model"] == "orpo"
+
+
+def test_a_held_out_reward_model_is_an_input_of_its_own() -> None:
+    rewards = {"parts": [{"name": "reward_model"}, {"name": "reward_model", "model": "safe", "label": "safe"}]}
+    methods = ("ppo", "rloo", "grpo")
+    recorder, _ = wire(
+        {f"my-{name}": {"method": name, "heldout_reward_model": "other", "rewards": rewards} for name in methods},
+        "safe", "other",
+    )  # fmt: skip
+    expected = {
+        "sft_model": "sft", "dataset": "dataset", "reward_model": "reward", "reward_model:safe": "safe",
+        "heldout_reward_model": "other",
+    }  # fmt: skip
+    assert inputs(recorder) == {f"my-{name}": expected for name in methods}

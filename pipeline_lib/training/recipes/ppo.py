@@ -1,15 +1,12 @@
 """PPO (Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022; conventions of methods 2.4, 3).
 
 An iteration samples one response a prompt, scores it, and makes `ppo_epochs * minibatches`
-optimizer steps on it. The loop sees only steps; the first step of an iteration does the sampling,
-and the rollouts are in every checkpoint. How rollouts come about is `training/collection.py`.
+optimizer steps on it. When it samples is `recipes/online.py`, how is `training/collection.py`.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -22,35 +19,31 @@ from pipeline_lib.models.scoring import Layout
 from pipeline_lib.rl.advantage import gae, whiten
 from pipeline_lib.rl.kl import KlController, kl_estimate
 from pipeline_lib.rl.monitor import explained_variance
-from pipeline_lib.rl.rewards import apply_missing_eos, token_rewards
+from pipeline_lib.rl.rewards import token_rewards
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.breaker import CircuitBreaker
-from pipeline_lib.training.collection import Collector, RemembersScores, ResponseScorer, require_prompts, sample_line
+from pipeline_lib.training.collection import Collector, ResponseScorer
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.forward import training_forward
-from pipeline_lib.training.group import ProcessGroup
-from pipeline_lib.training.guards import require_kl_within, require_start_at_reference
-from pipeline_lib.training.iteration_figures import iteration_figures
-from pipeline_lib.training.plan import DataPlan, permutation
+from pipeline_lib.training.iteration_figures import iteration_figures, shaped_scores
 from pipeline_lib.training.pretraining import PretrainingRows, is_pretraining
 from pipeline_lib.training.recipe import Figure, ParameterGroup, RecipeState, StepLoss
+from pipeline_lib.training.recipes.online import OnSpeed, OwnSamples
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.rollout import Rollouts, gather_rows
+from pipeline_lib.training.rollout import ValuedRollouts, gather_rows
 from pipeline_lib.training.settings import PpoSettings
 from pipeline_lib.training.trained_model import TrainedModel
 
-SAMPLES_KEPT = 10
-"""Rollouts of each iteration whose texts are kept for the report."""
 VALUE = "value:"
 """Prefix of the record id of a rollout in a forward of the value function."""
-BREAKER = "breaker/"
-"""Prefix of the circuit breaker's tensors in a checkpoint."""
 
 
-class PpoRecipe:
+class PpoRecipe(OwnSamples[ValuedRollouts, PpoSettings]):
     """Trains a policy and its value function on its own samples."""
+
+    order_scope = "ppo"
+    kl_advice = "raise kl_coef, or lower optimizer.learning_rate or ppo_epochs"
 
     def __init__(
         self,
@@ -64,7 +57,7 @@ class PpoRecipe:
         chat: ChatTokenizer,
         should_stop: Callable[[], bool],
         on_text: Callable[[str], None],
-        on_speed: Callable[[int, Mapping[str, float]], None] | None = None,
+        on_speed: OnSpeed = lambda *_: None,
         heldout: FrozenRewardModel | None = None,
         scorer: ResponseScorer | None = None,
         pretraining: PretrainingRows | None = None,
@@ -81,7 +74,7 @@ class PpoRecipe:
             chat: The tokenizer.
             should_stop: True once the process was asked to end.
             on_text: Told what is going on.
-            on_speed: Told tokens a second with the step; they differ from run to run, so they are no figures.
+            on_speed: Told tokens a second.
             heldout: A reward model that only measures.
             scorer: Gives the scores; None: the reward model.
             pretraining: Adds the loss on pretraining text (PPO-ptx).
@@ -89,29 +82,21 @@ class PpoRecipe:
         Raises:
             DataError: Prompts that nothing can be sampled after.
         """
-        self.policy, self.reference, self.critic = policy, reference, critic
-        self.settings, self.layout, self.chat, self.pretraining = settings, layout, chat, pretraining
-        self.on_text, self.on_speed = on_text, on_speed
-        context_tokens = getattr(policy.model.config, "max_position_embeddings", None)
-        require_prompts(prompts, context_tokens=context_tokens, max_new_tokens=settings.max_new_tokens)
+        super().__init__(
+            policy, prompts, ValuedRollouts, settings=settings, passes=settings.ppo_epochs, layout=layout, chat=chat,
+            scorer=scorer, on_text=on_text, on_speed=on_speed,
+        )  # fmt: skip
+        self.reference, self.critic, self.pretraining = reference, critic, pretraining
         self.collector = Collector(
             policy, reference, critic, layout, chat, settings, should_stop, on_text, heldout=heldout, scorer=scorer
         )
-        self.breaker = CircuitBreaker(settings.breaker) if settings.breaker is not None else None
-        self.plan = DataPlan.of(prompts, settings)
-        self.steps_per_iteration = settings.ppo_epochs * settings.minibatches
-        self.num_steps = settings.iterations * self.steps_per_iteration
         self.controller = KlController(
             coef=settings.kl_coef, target=settings.kl_target_nats, horizon=settings.kl_horizon_responses,
             kind=settings.kl_controller,
         )  # fmt: skip
-        self.rollouts: Rollouts | None = None
-        self.iteration_figures: dict[str, float] = {}
-        self.samples: list[str] = []
         self._advantages: dict[int, Tensor] = {}
         self._returns: dict[int, Tensor] = {}
         self._explained_variance = 0.0
-        self._update_started_s = 0.0
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """Return the policy's and the value function's parameters."""
@@ -123,18 +108,8 @@ class PpoRecipe:
 
     def micro_batches(self, step: int) -> Sequence[TreeBatch]:
         """Sample where an iteration begins; return the forwards of the step's minibatch."""
-        iteration, place = divmod(step, self.steps_per_iteration)
-        # A stop between sampling and the update leaves a checkpoint with the new rollouts in it.
-        while place == 0 and self.iteration_figures.get("iteration") != iteration:
-            rollouts = self._timed(step, iteration)
-            if self._finish_iteration(iteration, rollouts):
-                self.rollouts = rollouts
-        if place == 0:
-            self._update_started_s = time.monotonic()
+        members = self.minibatch(step)
         rollouts = self._current()
-        epoch, minibatch = divmod(place, self.settings.minibatches)
-        order = permutation(len(rollouts.trees), self.settings.seed, "ppo", iteration, epoch)
-        members = order[minibatch :: self.settings.minibatches]
         self._estimate_advantages(rollouts, members)
         trees = [rollouts.trees[index] for index in members]
         # Their gradients have nothing in common: apart, activations of one model at a time are in memory.
@@ -153,9 +128,6 @@ class PpoRecipe:
             return
         with self.critic.valuing() as model, training_forward([model], batch, gradient_checkpointing=is_checkpointed):
             yield
-
-    def held_out_loss(self) -> None:
-        """Return nothing: PPO's rows are its own samples."""
 
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
         """Return the clipped policy loss or the weighted clipped value loss, token means over the step.
@@ -209,80 +181,39 @@ class PpoRecipe:
 
     def after_step(self, step: int) -> dict[str, float]:
         """Return the figures of the iteration that the step belongs to, and of its minibatch as a whole."""
-        # A training that was resumed inside an iteration does not know when its update began.
-        is_last = (step + 1) % self.steps_per_iteration == 0
-        if is_last and self.on_speed is not None and self._update_started_s > 0:
-            tokens = sum(self._current().lengths_R) * self.settings.ppo_epochs
-            elapsed_s = time.monotonic() - self._update_started_s
-            self.on_speed(step, {"update_tokens_per_s": tokens / max(elapsed_s, 1e-9)})
-        return {**self.iteration_figures, "explained_variance_frac": self._explained_variance}
-
-    def check_start(self, step: int, figures: Mapping[str, float]) -> None:  # noqa: ARG002
-        """Check that the policy starts as its reference, unless what was put in front of it is new.
-
-        Raises:
-            DivergedError: The KL of the first rollouts is not 0.
-        """
-        if not self.policy.starts_as_reference:
-            return
-        rollouts = self._current()
-        require_start_at_reference(rollouts.logp_N, rollouts.ref_logp_N, step=step)
+        return {**super().after_step(step), "explained_variance_frac": self._explained_variance}
 
     def state(self) -> RecipeState:
-        """Return rollouts, the KL weight, the kept samples and the circuit breaker's state."""
-        tensors = self.rollouts.tensors() if self.rollouts is not None else {}
-        values: dict[str, float | int | str | bool | list[int] | list[str]] = {
-            "kl_coef": self.controller.coef,
-            "samples": self.samples,
-            "iteration_figures": json.dumps(self.iteration_figures),
-        }
-        if isinstance(self.collector.scorer, RemembersScores):
-            values["scorer"] = self.collector.scorer.state()
-        if self.breaker is not None:
-            tensors |= {BREAKER + name: value for name, value in self.breaker.tensors().items()}
-            values["breaker"] = self.breaker.values()
-        return RecipeState(tensors, values)
+        """Return what every such training carries, and the KL weight."""
+        state = super().state()
+        return RecipeState(state.tensors, {**state.values, "kl_coef": self.controller.coef})
 
     def load_state(self, state: RecipeState) -> None:
         """Take a checkpoint's state back."""
-        rollouts = {name: value for name, value in state.tensors.items() if not name.startswith(BREAKER)}
-        self.rollouts = Rollouts.from_tensors(rollouts) if rollouts else None
+        super().load_state(state)
         self.controller = self.controller.with_coef(float(str(state.values["kl_coef"])))
-        kept = state.values["samples"]
-        assert isinstance(kept, list)
-        self.samples = [str(row) for row in kept]
-        self.iteration_figures = json.loads(str(state.values["iteration_figures"]))
-        if isinstance(self.collector.scorer, RemembersScores):
-            self.collector.scorer.load_state(str(state.values["scorer"]))
-        if self.breaker is not None:
-            held = {name.removeprefix(BREAKER): value for name, value in state.tensors.items() if name not in rollouts}
-            self.breaker.load(held, str(state.values["breaker"]))
 
-    def _current(self) -> Rollouts:
-        assert self.rollouts is not None, "an iteration begins with rollouts"
-        return self.rollouts
-
-    def _collect(self, iteration: int) -> Rollouts:
+    def _collect(self, iteration: int) -> ValuedRollouts:
         return self.collector.collect(self.plan.full_batch(iteration), iteration)
 
-    def _timed(self, step: int, iteration: int) -> Rollouts:
-        """Collect, and tell how fast."""
-        started_s = time.monotonic()
-        rollouts = ProcessGroup().once(lambda: self._collect(iteration))
-        if self.on_speed is not None:
-            elapsed_s = time.monotonic() - started_s
-            self.on_speed(step, {"rollout_tokens_per_s": sum(rollouts.lengths_R) / max(elapsed_s, 1e-9)})
-        return rollouts
+    def _measure(self, iteration: int, rollouts: ValuedRollouts) -> dict[str, float]:
+        coef = self.controller.coef
+        figures = iteration_figures(
+            iteration, rollouts, self.settings, kl_coef=coef, kl_estimator=self.settings.kl_estimator
+        )
+        return {**figures, "kl_coef": coef}
 
-    def _estimate_advantages(self, rollouts: Rollouts, members: list[int]) -> None:
+    def _accept(self, rollouts: ValuedRollouts) -> None:
+        """Set the KL weight for the next iteration."""
+        kl_nats = self.iteration_figures["ref_kl_nats"]
+        self.controller = self.controller.update(kl_nats, num_steps=len(rollouts.trees))
+
+    def _estimate_advantages(self, rollouts: ValuedRollouts, members: list[int]) -> None:
         """Shape the rewards of a minibatch and estimate its advantages and returns."""
         settings = self.settings
         is_unbiased = settings.whiten_variance == "unbiased"
         mask_BT = rollouts.mask(members)
-        score_B = apply_missing_eos(
-            rollouts.score_R[members], rollouts.is_finished_R[members],
-            mode=settings.missing_eos, value=settings.missing_eos_value,
-        )  # fmt: skip
+        score_B = shaped_scores(rollouts, settings)[members]
         kl_BT = self._kl(rollouts, members)
         reward_BT = token_rewards(kl_BT, score_B, mask_BT, kl_coef=self.iteration_figures["kl_coef"])
         if settings.whiten_rewards:
@@ -298,7 +229,7 @@ class PpoRecipe:
             self._advantages[index] = advantage_BT[row][mask_BT[row]]
             self._returns[index] = return_BT[row][mask_BT[row]]
 
-    def _kl(self, rollouts: Rollouts, members: list[int]) -> Tensor:
+    def _kl(self, rollouts: ValuedRollouts, members: list[int]) -> Tensor:
         """Return the KL from the reference of each token as the settings estimate it, padded."""
         if self.settings.kl_estimator == "full":
             assert rollouts.full_kl_N is not None, "rollouts are measured with it"
@@ -307,36 +238,6 @@ class PpoRecipe:
             rollouts.padded(rollouts.logp_N, members), rollouts.padded(rollouts.ref_logp_N, members),
             estimator=self.settings.kl_estimator,
         )  # fmt: skip
-
-    def _finish_iteration(self, iteration: int, rollouts: Rollouts) -> bool:
-        """Measure the rollouts, guard against what they show, and set the KL weight for the next.
-
-        Returns:
-            False where the circuit breaker went back: these rollouts are then of no use.
-        """
-        figures = iteration_figures(iteration, rollouts, self.settings, kl_coef=self.controller.coef)
-        if self.breaker is not None:
-            breach = self.breaker.breach(figures)
-            if breach is not None:
-                self.breaker.trip(iteration, breach)
-                self.on_text(f"iteration {iteration + 1}: {breach}; back to before iteration "
-                             f"{self.breaker.good_iteration + 1}, at half the learning rate")  # fmt: skip
-                return False
-            self.breaker.keep(iteration, figures)
-            figures["breaches"] = float(len(self.breaker.breaches))
-        kl_nats = figures["ref_kl_nats"]
-        self.iteration_figures = figures
-        self._keep_samples(iteration, rollouts)
-        require_kl_within(
-            kl_nats, limit_nats=self.settings.max_kl_nats, iteration=iteration,
-            next_step="raise kl_coef, or lower optimizer.learning_rate or ppo_epochs",
-        )  # fmt: skip
-        self.controller = self.controller.update(kl_nats, num_steps=len(rollouts.trees))
-        return True
-
-    def _keep_samples(self, iteration: int, rollouts: Rollouts) -> None:
-        for tree, score in list(zip(rollouts.trees, rollouts.score_R.tolist(), strict=True))[:SAMPLES_KEPT]:
-            self.samples.append(sample_line(self.chat, tree, iteration=iteration, score=score))
 
 
 def is_valued(batch: TreeBatch) -> bool:

@@ -14,7 +14,8 @@ from pipeline_lib.schema import Record
 from pipeline_lib.stages import STAGES
 from pipeline_lib.stages.contract import StageOutput
 from pipeline_lib.stages.group import GrpoConfig, RlooConfig
-from pipeline_lib.stages.ppo import PpoConfig, heldout_input
+from pipeline_lib.stages.ppo import PpoConfig
+from pipeline_lib.stages.reward_models import heldout_input
 from pipeline_lib.stages.rewards import pin_rewards
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.validation import validate
@@ -62,8 +63,7 @@ class PolicyBench:
         (home / "dataset" / "policy.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows))
         self.told = Told()
         inputs = {**self.inputs, "dataset": commit(self.store, home / "dataset", "dataset")}
-        if isinstance(chosen, PpoConfig):
-            inputs |= heldout_input(chosen, {"opposite": self.opposite})
+        inputs |= heldout_input(chosen, {"opposite": self.opposite}, main=inputs["reward_model"])
         context = context_in(home, self.store, told=self.told, key=f"{self.num_runs:064}")
         output = STAGES[chosen.method].run(pin_rewards(chosen), inputs, context)
         assert isinstance(output, StageOutput)

@@ -68,7 +68,7 @@ def test_a_model_is_trained_and_saved_with_its_figures(
     series = [json.loads(line) for line in (output.directory / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in series] == [0, 0, 1, 1]
     samples = [json.loads(line) for line in (output.directory / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 6
+    assert len(samples) == 12, "all six of each iteration"
     assert all(row["prompt"].endswith("assistant\n") or "question" in row["prompt"] for row in samples)
     facts = json.loads((output.directory / "training.json").read_bytes())
     assert facts["rows"] == 4

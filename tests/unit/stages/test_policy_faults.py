@@ -13,6 +13,7 @@ from pipeline_lib.errors import DataError, DivergedError, RewardError
 from pipeline_lib.schema import Record
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.breaker import CircuitBreaker
+from pipeline_lib.training.settings import BreakerSettings
 from tests.toy import record
 from tests.unit.stages.policy_bench import PolicyBench, config, series_of, weights_in
 
@@ -156,16 +157,23 @@ def test_prompts_that_nothing_can_be_sampled_after_are_named(method: str, bench:
     assert len(series_of(bench.run(cut, PROMPTS[0], long))) == 1, "cut to that length, it is a prompt like any other"
 
 
+# The held-out score goes up and down. PPO is paid for words that are never said, and wanders; of groups whose samples
+# all score the same nothing could be learnt, so they are paid for what the held-out model likes, and overshoot.
+LIKED = {"parts": [{"name": "reward_model", "weight": -1}]}
+WANDERING: dict[str, dict[str, Any]] = {
+    "ppo": {"seed": 4, "kl_target_nats": None, "rewards": {"parts": [{"name": "words", "words": ["a", "e"]}]}},
+    "rloo": {"seed": 0, "rewards": LIKED},
+    "grpo": {"seed": 1, "rewards": LIKED},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_second_breach_ends_with_the_weights_of_the_best_held_out_reward(
-    bench: PolicyBench, monkeypatch: pytest.MonkeyPatch
+    method: str, bench: PolicyBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([None, None, None, None, None, "too far", "too far again"])
     monkeypatch.setattr(CircuitBreaker, "breach", lambda *_: next(answers))
-    # Nothing that the rewards want is ever said, so the policy wanders and the held-out score goes up and down.
-    wandering: dict[str, Any] = {
-        "seed": 4, "kl_target_nats": None, "rewards": {"parts": [{"name": "words", "words": ["a", "e"]}]},
-    }  # fmt: skip
-    chosen = config("ppo", iterations=6, breaker={}, heldout_reward_model="opposite", **wandering)
+    chosen = config(method, iterations=6, breaker={}, heldout_reward_model="opposite", **WANDERING[method])
     output = bench.run(chosen, *PROMPTS)
     assert "iteration 6: too far; back to before iteration 5, at half the learning rate" in bench.told.texts
     series = series_of(output)
@@ -177,13 +185,25 @@ def test_the_second_breach_ends_with_the_weights_of_the_best_held_out_reward(
     assert facts["best_iteration"] == best
     assert 0 < best < 4, "neither the start nor what was measured last"
     # The same training, ended before the best iteration was trained on, has the weights that were kept.
-    alone = bench.run(config("ppo", iterations=best, **wandering), *PROMPTS)
+    alone = bench.run(config(method, iterations=best, **WANDERING[method]), *PROMPTS)
     kept, expected = weights_in(output), weights_in(alone)
     assert kept.keys() == expected.keys()
     assert [name for name in kept if not torch.equal(kept[name], expected[name])] == []
 
 
-def test_a_limit_that_the_starting_model_is_past_is_refused_before_any_update(bench: PolicyBench) -> None:
-    chosen = config("ppo", breaker={"min_entropy_nats": 50.0})
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_that_never_gained_is_an_error(method: str, bench: PolicyBench) -> None:
+    """Nothing but the reference itself is within the limits."""
+    limits = {**dict.fromkeys(BreakerSettings.model_fields), "max_kl_nats": 1e-5, "min_kl_nats": -1e-5}
+    with pytest.raises(
+        DivergedError, match=r"iteration 2: KL .*; iteration 3: KL .* no iteration had a higher"
+    ) as told:
+        bench.run(config(method, iterations=4, breaker=limits), *PROMPTS)
+    assert told.value.next_step.startswith("raise kl_coef" if method == "ppo" else "raise beta")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_limit_that_the_starting_model_is_past_is_refused_before_any_update(method: str, bench: PolicyBench) -> None:
+    chosen = config(method, breaker={"min_entropy_nats": 50.0})
     with pytest.raises(DivergedError, match=r"iteration 1: entropy, nats a token: .* is below 50, before any update"):
         bench.run(chosen, *PROMPTS)

@@ -1,8 +1,9 @@
-"""The stages `reward` and `ppo` one after the other: the policy's base is the critic's where it can be."""
+"""The stage `reward` and those that train on its score: one base for the policy and its reward models."""
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import pytest
 
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.schema import ArtifactRef, Message, Origin, Record, Response
-from pipeline_lib.stages import ppo, reward
-from pipeline_lib.stages.contract import StageContext
+from pipeline_lib.stages import STAGES, ppo, reward
+from pipeline_lib.stages.contract import StageContext, StageOutput
+from pipeline_lib.stages.group import GrpoConfig, RlooConfig
 from pipeline_lib.stages.ppo import PpoConfig
 from pipeline_lib.stages.reward import RewardConfig
+from pipeline_lib.stages.reward_models import HELDOUT
+from pipeline_lib.stages.rewards import pin_rewards
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.critic import Critic
+from pipeline_lib.validation import validate
 from tests.stage_bench import Told, commit, context_in
+from tests.unit.stages.policy_bench import series_of
 
 pytestmark = pytest.mark.servers
 
@@ -24,7 +30,14 @@ SHARED = {
     "precision": "fp32", "batch_size": 4, "max_prompt_tokens": 64, "adapter": {"name": "lora", "rank": 4},
     "optimizer": {"learning_rate": 1e-2},
 }  # fmt: skip
-PPO = {"iterations": 2, "minibatches": 2, "ppo_epochs": 1, "max_new_tokens": 8}
+ONLINE = {"iterations": 2, "minibatches": 2, "max_new_tokens": 8, "missing_eos": "keep"}
+OWN: dict[str, dict[str, Any]] = {
+    "ppo": {**ONLINE, "ppo_epochs": 1}, "rloo": {**ONLINE, "samples_per_prompt": 2},
+    "grpo": {**ONLINE, "samples_per_prompt": 2},
+}  # fmt: skip
+CONFIGS: dict[str, type[PpoConfig | RlooConfig | GrpoConfig]] = {
+    "ppo": PpoConfig, "rloo": RlooConfig, "grpo": GrpoConfig
+}  # fmt: skip
 
 
 def pair(n: int) -> Record:
@@ -48,8 +61,8 @@ class Bench:
             (tmp_path / "rows" / f"{split}.jsonl").write_text(text)
         self.dataset = commit(store, tmp_path / "rows", "dataset")
         self.model = self.sft_model(seed=0)
-        made = ppo._critic
-        monkeypatch.setattr(ppo, "_critic", lambda *given: self.critics.append(made(*given)) or self.critics[-1])
+        made = ppo.open_critic
+        monkeypatch.setattr(ppo, "open_critic", lambda *given: self.critics.append(made(*given)) or self.critics[-1])
 
     def sft_model(self, *, seed: int) -> ArtifactRef:
         write_tiny_model(self.tmp_path / f"model-{seed}" / "model", seed=seed)
@@ -64,12 +77,32 @@ class Bench:
         output = reward.run(config, {"sft_model": self.model, "dataset": self.dataset}, self.context("reward"))
         return commit(self.store, output.directory, output.kind)
 
-    def ppo(self, reward_model: ArtifactRef, *, model: ArtifactRef | None = None, **changes: Any) -> list[Any]:
-        """Train and return the series."""
+    def ppo(self, reward_model: ArtifactRef, **how: Any) -> list[Any]:
+        """Train by PPO and return the series."""
+        return self.train("ppo", reward_model, **how)
+
+    def train(
+        self,
+        method: str,
+        reward_model: ArtifactRef,
+        *,
+        model: ArtifactRef | None = None,
+        further: Mapping[str, ArtifactRef] | None = None,
+        **changes: Any,
+    ) -> list[Any]:
+        """Train by a method and return the series."""
         inputs = {"sft_model": model or self.model, "reward_model": reward_model, "dataset": self.dataset}
-        output = ppo.run(PpoConfig.model_validate({**SHARED, **PPO, **changes}), inputs, self.context("ppo"))
+        config = validate(CONFIGS[method], {**SHARED, **OWN[method], **changes}, where=method)
+        output = STAGES[method].run(pin_rewards(config), {**inputs, **(further or {})}, self.context(method))
+        assert isinstance(output, StageOutput)
         assert (output.directory / "model" / "model.safetensors").is_file()
-        return [json.loads(line) for line in (output.directory / "metrics.jsonl").read_text().splitlines()]
+        return series_of(output)
+
+    def whole(self, reward_model: ArtifactRef) -> ArtifactRef:
+        """The same reward model without its adapter, as one of before has none."""
+        home = self.store.fetch(reward_model, self.tmp_path / f"whole-{reward_model.id[:8]}")
+        shutil.rmtree(home / "adapter")
+        return commit(self.store, home, "reward_model")
 
 
 @pytest.fixture
@@ -87,12 +120,7 @@ def test_one_base_where_the_reward_model_was_trained_on_it(bench: Bench) -> None
     shared = bench.ppo(reward_model)
     assert bench.critics[0].is_on_policy
     assert not any("base of their own" in line for line in bench.told.lines)
-    # The same reward model without its adapter, as one of before has none, is loaded whole.
-    home = bench.store.fetch(reward_model, bench.tmp_path / "older")
-    for path in (home / "adapter").iterdir():
-        path.unlink()
-    (home / "adapter").rmdir()
-    apart = bench.ppo(commit(bench.store, home, "reward_model"))
+    apart = bench.ppo(bench.whole(reward_model))
     assert not bench.critics[1].is_on_policy
     told = [line for line in bench.told.lines if "base of their own" in line]
     assert told == [
@@ -114,3 +142,46 @@ def test_other_bases_and_other_adapters_get_a_base_of_their_own(bench: Bench) ->
     bench.ppo(full)
     assert any("the reward model has no adapter of its own" in line for line in bench.told.lines)
     assert not any(critic.is_on_policy for critic in bench.critics)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_reward_model_that_was_trained_on_the_policys_base_stands_on_it(method: str, bench: Bench) -> None:
+    """The one that is trained against, a further one among the rewards, and the held-out one: scores as if apart."""
+    models = [bench.reward_model(seed=seed) for seed in range(3)]
+    rewards = {"parts": [{"name": "reward_model"}, {"name": "reward_model", "model": "safe", "label": "safe"}]}
+    found = []
+    for main, safe, heldout in (models, [bench.whole(model) for model in models]):
+        found.append(
+            bench.train(
+                method, main, further={"reward_model:safe": safe, HELDOUT: heldout}, rewards=rewards,
+                heldout_reward_model="other",
+            )
+        )  # fmt: skip
+        told = [line for line in bench.told.lines if "a base of" in line]
+        bench.told.lines.clear()
+        if len(found) == 1:
+            assert told == []
+    first = "the reward model has no adapter of its own: "
+    theirs = "value function and reward model get" if method == "ppo" else "reward_model gets"
+    own = {"reward_model:safe gets", "heldout_reward_model gets"}
+    if method == "ppo":
+        assert f"{first}{theirs} a base of their own" in told
+    else:
+        own |= {theirs}
+    assert {line.removeprefix(first).removesuffix(" a base of its own") for line in told if "its own:" in line} >= own
+    shared, apart = found
+    names = ("score", "heldout_score", "reward/reward_model", "reward/safe")
+    for one, other in zip(shared, apart, strict=True):
+        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], abs=1e-4)
+    assert len({round(shared[0][name], 4) for name in names[1:]}) == 3, "three different models"
+
+
+def test_a_reward_model_is_loaded_whole_where_only_it_was_trained_on_other_weights(bench: Bench) -> None:
+    heldout = bench.reward_model(seed=1)
+    bench.model = bench.sft_model(seed=1)
+    series = bench.train("rloo", bench.reward_model(), further={HELDOUT: heldout}, heldout_reward_model="other")
+    assert "heldout_score" in series[0]
+    assert [line for line in bench.told.lines if "a base of" in line] == [
+        "the reward model was trained on other weights than those that the policy starts from: "
+        "heldout_reward_model gets a base of its own"
+    ]

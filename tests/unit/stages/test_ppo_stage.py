@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 
 from pipeline_lib.data.place import LocalPlaces
-from pipeline_lib.errors import ConfigError, DataError, DivergedError
+from pipeline_lib.errors import ConfigError, DataError
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.schema import ArtifactRef, Record
 from pipeline_lib.stages.contract import StageContext, StageOutput
-from pipeline_lib.stages.ppo import PpoConfig, heldout_input, policy_prompts, run
+from pipeline_lib.stages.ppo import PpoConfig, policy_prompts, run
 from pipeline_lib.stages.pretraining import pin_pretraining
+from pipeline_lib.stages.reward_models import HELDOUT, heldout_input
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.breaker import CircuitBreaker
 from tests.stage_bench import Told, commit, context_in
 from tests.toy import encoder, record, write_reward_model
+from tests.unit.stages.policy_bench import config as policy_config
 
 pytestmark = pytest.mark.servers
 
@@ -50,7 +52,7 @@ class Bench:
         return context_in(self.tmp_path / "run", self.store, told=self.told)
 
     def run(self, dataset: ArtifactRef, config: PpoConfig) -> StageOutput:
-        further = heldout_input(config, {"other": self.inputs["reward_model"]})
+        further = {} if config.heldout_reward_model is None else {HELDOUT: self.inputs["reward_model"]}
         return run(config, {**self.inputs, "dataset": dataset, **further}, self.context())
 
 
@@ -101,13 +103,6 @@ def test_breaches_are_in_the_facts(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert facts["best_iteration"] == 2
 
 
-def test_a_training_that_never_gained_is_an_error(bench: Bench) -> None:
-    limits = dict.fromkeys(config(breaker={}).breaker.model_dump())  # type: ignore[union-attr]
-    chosen = config(iterations=4, breaker={**limits, "max_kl_nats": 1e-5, "min_kl_nats": -1e-5})
-    with pytest.raises(DivergedError, match=r"iteration 2: KL .*; iteration 3: KL .* no iteration had a higher reward"):
-        bench.run(bench.dataset(*PROMPTS), chosen)
-
-
 def test_empty_prompts_are_named(bench: Bench) -> None:
     blank = record("blank")
     blank = blank.model_copy(update={"messages": (blank.messages[0].model_copy(update={"content": " \n"}),)})
@@ -124,7 +119,16 @@ def test_long_prompts_keep_the_sentences_that_fit(bench: Bench) -> None:
     assert "1 of 2 prompts have no whole sentence and are left out" in bench.told.texts
 
 
-def test_an_unknown_held_out_reward_model_is_refused() -> None:
+@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo"])
+def test_what_cannot_be_held_out_is_refused(method: str) -> None:
+    main, other = (ArtifactRef(kind="reward_model", id=digit * 64) for digit in "12")
+    chosen = policy_config(method, heldout_reward_model="safe")
     with pytest.raises(ConfigError, match="heldout_reward_model = 'safe': the run has no such reward model"):
-        heldout_input(config(heldout_reward_model="safe"), {})
-    assert heldout_input(config(), {}) == {}
+        heldout_input(chosen, {}, main=main)
+    with pytest.raises(ConfigError, match="it is the very model that the policy is trained against"):
+        heldout_input(chosen, {"safe": main}, main=main)
+    assert heldout_input(chosen, {"safe": other}, main=main) == {HELDOUT: other}
+    assert heldout_input(policy_config(method), {"safe": other}, main=main) == {}
+    trained_against = {"parts": [{"name": "reward_model"}, {"name": "reward_model", "model": "safe", "label": "safe"}]}
+    with pytest.raises(ConfigError, match="'safe' is among the rewards too: what is trained against is not held out"):
+        policy_config(method, heldout_reward_model="safe", rewards=trained_against)

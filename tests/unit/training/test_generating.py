@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.errors import GeneratorError
-from pipeline_lib.models.sampling import SamplingSettings
 from pipeline_lib.training.generating import EveryEighth
-from pipeline_lib.training.group_settings import GrpoSettings
 from pipeline_lib.training.recipes.group import GroupRecipe
 from pipeline_lib.training.recipes.ppo import PpoRecipe
-from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.rollout import Rollouts
-from pipeline_lib.training.sampling_rollouts import GroupRollouts, GroupSampler
-from pipeline_lib.training.settings import OptimizerSettings, TrainingSettings
-from tests.toy import PPO_PROMPTS, World, chat, layout, policy_of, ppo_recipe, ppo_settings, settings, weights_of
+from pipeline_lib.training.rollout import Rollouts, ValuedRollouts
+from pipeline_lib.training.settings import OptimizerSettings
+from tests.toy import World, group_recipe, group_settings, ppo_recipe, ppo_settings, weights_of
 from tests.unit.generation.fake_vllm import Server, TinyEngine, serving
 
 OPTIMIZER = OptimizerSettings(learning_rate=1e-2, schedule="constant", warmup_frac=0.0)
@@ -45,19 +41,9 @@ def ppo(directory: Path, reward_directory: Path, world: World, spec: dict[str, A
     return ppo_recipe(directory, reward_directory, chosen, world=world)
 
 
-def grpo(directory: Path, spec: dict[str, Any]) -> tuple[GroupRecipe, GrpoSettings]:
-    shared = settings().model_dump(include=set(TrainingSettings.model_fields))
-    chosen = GrpoSettings.model_validate(
-        shared | {"batch_size": 4, "iterations": 2, "samples_per_prompt": 3, "max_new_tokens": 6, "generator": spec,
-                  "missing_eos": "keep", "optimizer": OPTIMIZER}
-    )  # fmt: skip
-    policy = policy_of(directory, chosen)
-    sampler = GroupSampler(
-        policy, Reference.of(policy), ByLength(), layout(), chat(),
-        SamplingSettings(max_new_tokens=6, temperature=chosen.temperature), 3, should_stop=lambda: False,
-        on_text=lambda _: None, generator_spec=chosen.generator,
-    )  # fmt: skip
-    return GroupRecipe(sampler, PPO_PROMPTS, settings=chosen, layout=layout()), chosen
+def grpo(directory: Path, world: World, spec: dict[str, Any]) -> GroupRecipe:
+    chosen = group_settings("grpo", minibatches=1, mu=1, generator=spec, optimizer=OPTIMIZER)
+    return group_recipe(directory, chosen, ByLength(), world=world)
 
 
 def test_ppo_learns_the_same_from_both_generators_of_this_process(
@@ -85,7 +71,7 @@ def test_ppo_trains_on_what_a_server_says_and_compares_it(
     assert len(server.engine.loads) == recipe.settings.iterations, "each iteration has weights of its own"
     kept = recipe.rollouts
     assert kept is not None
-    again = Rollouts.from_tensors(kept.tensors())
+    again = ValuedRollouts.from_tensors(kept.tensors())
     assert again.mismatch_nats is not None
     assert torch.equal(again.mismatch_nats, kept.mismatch_nats)
 
@@ -102,13 +88,13 @@ def test_a_server_of_another_model_is_noticed(
 
 
 def test_grpo_trains_on_what_a_server_says_and_compares_it(directory: Path, world: World, server: Server) -> None:
-    recipe, chosen = grpo(directory, server.spec())
-    world.loop(recipe, chosen).run()
+    recipe = grpo(directory, world, server.spec())
+    world.loop(recipe, recipe.settings).run()
     assert all(0 <= row["rollout/mismatch_nats"] < 1e-5 for _, row in world.told)
     assert {body["n"] for body in server.bodies("/v1/completions")} == {3}
     kept = recipe.rollouts
     assert kept is not None
-    again = GroupRollouts.from_tensors(kept.tensors())
+    again = Rollouts.from_tensors(kept.tensors())
     assert again.mismatch_nats is not None
     assert again.trees == kept.trees
 
@@ -116,15 +102,16 @@ def test_grpo_trains_on_what_a_server_says_and_compares_it(directory: Path, worl
 def test_grpo_learns_the_same_from_both_generators_of_this_process(directory: Path, tmp_path: Path) -> None:
     trained = {}
     for name in ("batched", "continuous"):
-        recipe, chosen = grpo(directory, {"name": name})
-        World.at(tmp_path / name).loop(recipe, chosen).run()
+        world = World.at(tmp_path / name)
+        recipe = grpo(directory, world, {"name": name})
+        world.loop(recipe, recipe.settings).run()
         trained[name] = weights_of(recipe)
     for key, value in trained["batched"].items():
         torch.testing.assert_close(trained["continuous"][key], value, rtol=0, atol=1e-5, msg=key)
 
 
-def test_a_training_says_which_generator_it_has(directory: Path) -> None:
-    _, chosen = grpo(directory, {"name": "continuous"})
+def test_a_training_says_which_generator_it_has(directory: Path, world: World) -> None:
+    chosen = grpo(directory, world, {"name": "continuous"}).settings
     assert json.loads(chosen.model_dump_json())["generator"] == {"name": "continuous"}
     written = ppo_settings(generator={"name": "vllm", "url": "http://127.0.0.1:8000"}).model_dump(mode="json")
     assert written["generator"]["retries"] == 4, "defaults are written out, for the stage key"

@@ -18,7 +18,7 @@ from pipeline_lib.rl.rewards import apply_missing_eos
 from pipeline_lib.text.pack import TreeBatch, pack
 from pipeline_lib.training.critic import Critic, Normalization
 from pipeline_lib.training.recipes.ppo import VALUE, PpoRecipe
-from pipeline_lib.training.rollout import Rollouts, rollout_tree
+from pipeline_lib.training.rollout import ValuedRollouts, rollout_tree
 from pipeline_lib.training.settings import PpoSettings
 from tests.toy import (
     PPO_PROMPTS,
@@ -186,9 +186,10 @@ def test_scores_of_unfinished_responses(
     recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
     trees = tuple(rollout_tree(index, [5, 6], [7, 8]) for index in range(3))
     zeros_N = torch.zeros(6)
-    rollouts = Rollouts(
-        trees, zeros_N, zeros_N, zeros_N, zeros_N, torch.tensor([1.5, 0.25, -2.0]), torch.tensor([True, False, False])
-    )
+    rollouts = ValuedRollouts(
+        trees, zeros_N, zeros_N, zeros_N, torch.tensor([1.5, 0.25, -2.0]), torch.tensor([True, False, False]),
+        value_N=zeros_N,
+    )  # fmt: skip
     recipe._finish_iteration(0, rollouts)
     recipe._estimate_advantages(rollouts, [0, 1, 2])
     assert [recipe._advantages[index].tolist() for index in range(3)] == [[value] * 2 for value in expected]

@@ -18,7 +18,7 @@ from pipeline_lib.training.collection import Scored
 from pipeline_lib.training.critic import FrozenRewardModel, Normalization
 from pipeline_lib.training.pretraining import TEXT, PretrainingRows
 from pipeline_lib.training.recipes.ppo import PpoRecipe
-from pipeline_lib.training.rollout import Rollouts, rollout_tree
+from pipeline_lib.training.rollout import ValuedRollouts, rollout_tree
 from tests.toy import PPO_PROMPTS, World, byte_ids, of_one_iteration, ppo_recipe, ppo_settings
 
 END = 2
@@ -76,9 +76,10 @@ def test_figures_of_an_iteration_by_hand(directory: Path, reward_directory: Path
     trees = (rollout_tree(0, [5], [7, 8, END]), rollout_tree(1, [5], [7]))
     recipe._finish_iteration(
         4,
-        Rollouts(
-            trees, torch.tensor([-1.0, -1.0, -1.0, -2.0]), torch.tensor([-1.5, -1.0, -0.5, -1.0]), torch.zeros(4),
+        ValuedRollouts(
+            trees, torch.tensor([-1.0, -1.0, -1.0, -2.0]), torch.tensor([-1.5, -1.0, -0.5, -1.0]),
             torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 4.0]), torch.tensor([True, False]),
+            value_N=torch.zeros(4),
             full_kl_N=torch.tensor([0.1, 0.2, 0.3, 0.2]), heldout_score_R=torch.tensor([1.0, 0.0]),
             parts_R={"length": torch.tensor([1.0, 3.0])},
         ),
@@ -131,7 +132,7 @@ def test_a_held_out_reward_model_scores_and_stays_out(directory: Path, reward_di
     rollouts = of_one_iteration(with_it)
     assert rollouts.heldout_score_R is not None
     torch.testing.assert_close(rollouts.heldout_score_R, rollouts.score_R, rtol=0, atol=1e-5)
-    again = Rollouts.from_tensors(rollouts.tensors())
+    again = ValuedRollouts.from_tensors(rollouts.tensors())
     assert torch.equal(again.heldout_score_R, rollouts.heldout_score_R)  # type: ignore[arg-type]
     assert [group.name for group in with_it.parameter_groups()] == ["policy", "value"]
 

@@ -21,18 +21,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline_lib.errors import InterruptedRunError
-from pipeline_lib.models.sampling import SamplingSettings
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.training.critic import FrozenRewardModel, Normalization
-from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
 from pipeline_lib.training.pretraining import TEXT, PretrainingRows
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.recipes.group import GroupRecipe
-from pipeline_lib.training.reference import Reference
+from pipeline_lib.training.recipes.ppo import PpoRecipe
 from pipeline_lib.training.reward_scoring import GroupSetScorer, ModelScores, PromptRow, SetScorer
 from pipeline_lib.training.reward_set import RewardScorer, RewardSet
 from pipeline_lib.training.rewards.contract import Resources
-from pipeline_lib.training.sampling_rollouts import GroupSampler
 from pipeline_lib.training.settings import OptimizerSettings, TrainingSettings
 from pipeline_lib.validation import validate
 from tests.toy import (
@@ -41,11 +38,11 @@ from tests.toy import (
     byte_ids,
     chat,
     dialogue,
+    group_recipe,
+    group_settings,
     layout,
-    policy_of,
     ppo_recipe,
     ppo_settings,
-    settings,
     weights_of,
 )
 
@@ -76,8 +73,6 @@ class Case:
 
     settings: TrainingSettings
     make: Callable[[World], Recipe]
-    has_tripped: bool
-    """Whether the uninterrupted training goes back to an earlier state once."""
 
 
 @dataclass
@@ -112,6 +107,16 @@ def stops(world: World) -> bool:
     return world.should_stop()
 
 
+def trips_once(recipe: PpoRecipe | GroupRecipe) -> Recipe:
+    """Give the breaker a limit that the third iteration is past, once."""
+    breaker = recipe.breaker
+    assert breaker is not None
+    breaker.breach = lambda figures: (  # type: ignore[method-assign]
+        "too far" if figures["iteration"] == 2 and not breaker.breaches else None
+    )
+    return recipe
+
+
 def ppo_case(directory: Path, reward_directory: Path) -> Case:
     chosen = ppo_settings(
         iterations=4, minibatches=2, ppo_epochs=1, batch_size=6, optimizer=FAST, kl_target_nats=0.5,
@@ -124,44 +129,32 @@ def ppo_case(directory: Path, reward_directory: Path) -> Case:
             directory, reward_directory, chosen, world=world, tokens_per_batch=TOKENS, heldout=measuring,
             scorer=rewards_of(measuring, world), pretraining=PretrainingRows(TEXTS, 2.0, rows_per_step=2, seed=5),
         )  # fmt: skip
-        breaker = recipe.breaker
-        assert breaker is not None
-        # A limit that the third iteration is past, once.
-        breaker.breach = lambda figures: (  # type: ignore[method-assign]
-            "too far" if figures["iteration"] == 2 and not breaker.breaches else None
-        )
-        return recipe
+        return trips_once(recipe)
 
-    return Case(chosen, make, has_tripped=True)
+    return Case(chosen, make)
 
 
-def group_case(method: type[RlooSettings | GrpoSettings], directory: Path, reward_directory: Path) -> Case:
-    shared = settings().model_dump(include=set(TrainingSettings.model_fields))
-    chosen = method.model_validate(shared | {
-        "batch_size": 4, "iterations": 3, "samples_per_prompt": 3, "minibatches": 2, "mu": 2, "max_new_tokens": 6,
-        "missing_eos": "keep", "optimizer": FAST, "ema_decay": 0.9,
-    })  # fmt: skip
+def group_case(method: str, directory: Path, reward_directory: Path) -> Case:
+    chosen = group_settings(
+        method, iterations=4, mu=1, batch_size=6, optimizer=FAST, ema_decay=0.9, breaker={"max_kl_nats": 1e9}
+    )  # fmt: skip
     model = FrozenRewardModel(reward_directory, Normalization(gain=2.0, bias=0.5), settings=chosen)
 
     def make(world: World) -> Recipe:
-        policy = policy_of(directory, chosen)
-        own = layout(tokens_per_batch=TOKENS)
-        sampler = GroupSampler(
-            policy, Reference.of(policy), GroupSetScorer(rewards_of(model, world)), own, chat(),
-            SamplingSettings(max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature, batch_size=5),
-            chosen.samples_per_prompt, should_stop=lambda: stops(world), on_text=world.texts.append,
-            min_prompts=chosen.minibatches,
+        recipe = group_recipe(
+            directory, chosen, GroupSetScorer(rewards_of(model, world)), world=world, tokens_per_batch=TOKENS,
+            heldout=model, min_prompts=chosen.minibatches,
         )  # fmt: skip
-        return GroupRecipe(sampler, PPO_PROMPTS, settings=chosen, layout=own)
+        return trips_once(recipe)
 
-    return Case(chosen, make, has_tripped=False)
+    return Case(chosen, make)
 
 
 @pytest.fixture(scope="module", params=["ppo", "rloo", "grpo"])
 def case(request: pytest.FixtureRequest, directory: Path, reward_directory: Path) -> Case:
     if request.param == "ppo":
         return ppo_case(directory, reward_directory)
-    return group_case({"rloo": RlooSettings, "grpo": GrpoSettings}[request.param], directory, reward_directory)
+    return group_case(request.param, directory, reward_directory)
 
 
 def run(case: Case, world: World, *, every_s: float = 1e9) -> Ended:
@@ -197,8 +190,9 @@ def whole(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     remembered = json.loads(ended.state["scorer"])
     assert remembered["length"][0] > len(ended.series[0:1]), "the running moments have seen every iteration"
     assert min(row["reward/scored_frac"] for row in ended.series) < 1.0, "some responses were left out"
-    if case.has_tripped:
-        assert [row["breaches"] for row in ended.series] == [0.0] * 4 + [1.0] * 4
+    assert [row["breaches"] for row in ended.series] == [0.0] * 4 + [1.0] * 4
+    assert all("heldout_score" in row for row in ended.series)
+    if "kl_coef" in ended.series[0]:
         assert len({row["kl_coef"] for row in ended.series}) == 4, "the controller moved in every iteration"
     return ended
 

@@ -1,4 +1,4 @@
-"""One base for policy, reference, reward model and value function: the same figures as with bases of their own."""
+"""One base for policy, reference, reward models and value function: the same figures as with bases of their own."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.settings import Ia3Settings, LoraSettings, QloraSettings, can_share
 from pipeline_lib.models.shared_base import StoredAdapter, read_adapter, write_adapter
 from pipeline_lib.text.pack import pack
-from pipeline_lib.training.critic import REWARD, VALUE, Critic, Normalization
+from pipeline_lib.training.critic import REWARD, VALUE, Critic, FrozenRewardModel, Normalization
 from pipeline_lib.training.recipes.ppo import PpoRecipe, is_valued
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.rollout import rollout_tree
-from pipeline_lib.training.settings import PpoSettings
+from pipeline_lib.training.sampling_rollouts import RewardModelScorer
+from pipeline_lib.training.settings import PpoSettings, TrainingSettings
+from pipeline_lib.training.trained_model import TrainedModel
 from tests.toy import (
+    GROUP_METHODS,
     LORA,
     PPO_PROMPTS,
     World,
     byte_ids,
     chat,
+    furthest,
+    group_recipe,
+    group_settings,
     layout,
     policy_of,
     ppo_settings,
@@ -51,8 +57,17 @@ class Rewarded:
 
 @pytest.fixture(scope="module")
 def rewarded(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Rewarded:
-    folder = tmp_path_factory.mktemp("rewarded")
-    chosen = settings(epochs=6, optimizer={"learning_rate": 1e-2})
+    return trained_reward_model(directory, tmp_path_factory.mktemp("rewarded"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def further(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Rewarded:
+    """A second reward model on the same base."""
+    return trained_reward_model(directory, tmp_path_factory.mktemp("further"), seed=4)
+
+
+def trained_reward_model(directory: Path, folder: Path, *, seed: int) -> Rewarded:
+    chosen = settings(epochs=6, optimizer={"learning_rate": 1e-2}, seed=seed)
     recipe = reward_recipe(directory, chosen)
     World.at(folder).loop(recipe, chosen).run()
     trained = recipe.reward_model
@@ -66,9 +81,15 @@ def rewarded(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Rewar
 
 
 def recipe_of(
-    directory: Path, rewarded: Rewarded, chosen: PpoSettings, world: World, *, is_shared: bool = True
+    directory: Path,
+    rewarded: Rewarded,
+    chosen: PpoSettings,
+    world: World,
+    *,
+    is_shared: bool = True,
+    further: Rewarded | None = None,
 ) -> PpoRecipe:
-    """PPO with its critic on the policy's base, or with a merged one beside it."""
+    """PPO with its critic, and a held-out model, on the policy's base, or with merged ones beside it."""
     policy = policy_of(directory, chosen)
     how = {"seed": chosen.seed + 1, "value_init": chosen.value_init}
     critic = (
@@ -79,7 +100,15 @@ def recipe_of(
     return PpoRecipe(
         policy, Reference.of(policy), critic, PPO_PROMPTS, settings=chosen, layout=layout(), chat=chat(),
         should_stop=lambda: world.should_stop(), on_text=world.texts.append,
+        heldout=None if further is None else frozen(policy, further, chosen, is_shared=is_shared),
     )  # fmt: skip
+
+
+def frozen(policy: TrainedModel, rewarded: Rewarded, chosen: TrainingSettings, *, is_shared: bool) -> FrozenRewardModel:
+    """A reward model that only scores, on the policy's base or merged."""
+    if is_shared:
+        return FrozenRewardModel.on_policy(policy, rewarded.stored, NORMALIZATION)
+    return FrozenRewardModel(rewarded.merged, NORMALIZATION, settings=chosen)
 
 
 def plain(name: str) -> str:
@@ -241,3 +270,90 @@ def test_which_adapters_share(tmp_path: Path) -> None:
     for other in (None, LoraSettings(use_dora=True), QloraSettings(), Ia3Settings()):
         assert not can_share(other)
     assert read_adapter(tmp_path) is None
+
+
+# Further reward models ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_further_reward_models_say_what_models_of_their_own_say(
+    directory: Path, rewarded: Rewarded, further: Rewarded, world: World
+) -> None:
+    recipe = recipe_of(directory, rewarded, ppo_settings(), world, further=further)
+    heldout = recipe.collector.heldout
+    assert heldout is not None
+    assert heldout.is_on_policy
+    third = frozen(recipe.policy, rewarded, ppo_settings(), is_shared=True)
+    main_R, further_R = (
+        2.0 * scores(load_scalar_model(each.merged, dtype=torch.float32).eval(), BATCH) + 0.5
+        for each in (rewarded, further)
+    )
+    assert float((main_R - further_R).abs().min()) > 1e-3, "two that say the same would prove nothing"
+    for model, expected_R in ((heldout, further_R), (third, main_R), (recipe.critic, main_R)):
+        assert float((model.scores(BATCH) - expected_R).abs().max()) <= 2e-5
+        assert float((model.raw_scores(BATCH) - (expected_R - 0.5) / 2.0).abs().max()) <= 1e-5
+    apart = frozen(recipe.policy, further, ppo_settings(), is_shared=False)
+    assert not apart.is_on_policy
+    assert float((heldout.scores(BATCH) - apart.scores(BATCH)).abs().max()) <= 2e-5
+    # Policy and reference are as silent models leave them.
+    logp_N = token_logps(load_causal_model(directory, dtype=torch.float32), BATCH).token_logp_N
+    with recipe.reference.active() as reference:
+        assert torch.equal(token_logps(reference, BATCH).token_logp_N, logp_N)
+    assert torch.equal(token_logps(recipe.policy.model, BATCH).token_logp_N, logp_N)
+
+
+def test_a_held_out_model_on_the_policys_base_changes_no_training(
+    directory: Path, rewarded: Rewarded, further: Rewarded, tmp_path: Path
+) -> None:
+    chosen = ppo_settings()
+    found = []
+    for name, how in {"without": {}, "on it": {"further": further}}.items():
+        world = World.at(tmp_path / name)
+        recipe = recipe_of(directory, rewarded, chosen, world, **how)  # type: ignore[arg-type]
+        series = world.loop(recipe, chosen).run()
+        found.append((recipe, series))
+    (alone, plain_series), (watched, series) = found
+    assert all(torch.equal(value, weights_of(watched)[name]) for name, value in weights_of(alone).items())
+    for one, other in zip(plain_series, series, strict=True):
+        assert {name: value for name, value in other.items() if name != "heldout_score"} == one
+    world = World.at(tmp_path / "apart")
+    apart = recipe_of(directory, rewarded, chosen, world, further=further, is_shared=False)
+    told = world.loop(apart, chosen).run()
+    assert [row["heldout_score"] for row in series] == pytest.approx([row["heldout_score"] for row in told], abs=1e-4)
+    # Its matrices are the trained model's still, and no parameter group has them.
+    heldout = watched.collector.heldout
+    assert heldout is not None
+    now = dict(watched.policy.model.named_parameters())
+    mine = [name for name in now if f".{REWARD}_3." in name]
+    assert len(mine) == len(further.stored.tensors)
+    trained = {id(value) for group in watched.parameter_groups() for value in group.parameters.values()}
+    assert not any(id(now[name]) in trained or now[name].requires_grad for name in mine)
+    fresh = recipe_of(directory, rewarded, chosen, World.at(tmp_path / "fresh"), further=further).policy.model
+    kept = dict(fresh.named_parameters())
+    assert all(torch.equal(now[name], kept[name]) for name in mine)
+
+
+@pytest.mark.parametrize("method", GROUP_METHODS)
+def test_groups_are_scored_on_the_policys_base_too(
+    method: str, directory: Path, rewarded: Rewarded, further: Rewarded, tmp_path: Path
+) -> None:
+    """Reward model and held-out one are adapters on it; the training is that of models of their own."""
+    chosen = group_settings(method, optimizer={"epsilon": 1e-4})
+    found = []
+    for is_shared in (True, False):
+        world = World.at(tmp_path / str(is_shared))
+        policy = policy_of(directory, chosen)
+        main, heldout = (frozen(policy, each, chosen, is_shared=is_shared) for each in (rewarded, further))
+        recipe = group_recipe(
+            directory, chosen, RewardModelScorer(main, layout()), world=world, policy=policy, heldout=heldout
+        )
+        series = world.loop(recipe, chosen).run()
+        found.append((weights_of(recipe), series))
+        policy.save(tmp_path / f"saved-{is_shared}")
+    (shared, shared_series), (apart, apart_series) = found
+    assert furthest(shared, apart) <= 2e-5
+    for one, other in zip(shared_series, apart_series, strict=True):
+        names = ("loss", "score", "heldout_score")
+        assert [one[name] for name in names] == pytest.approx([other[name] for name in names], abs=2e-5)
+    saved = load_causal_model(tmp_path / "saved-True", dtype=torch.float32)
+    assert not any("lora" in name for name in saved.state_dict()), "what is saved is the policy alone"

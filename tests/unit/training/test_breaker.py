@@ -1,10 +1,14 @@
-"""The circuit breaker: every limit, back to the last good state, the end with the best, bit for bit after any stop."""
+"""The circuit breaker of PPO, RLOO and GRPO: every limit, back to the last good state, the end with the best.
+
+All of it bit for bit after any stop. Every method makes four steps an iteration here.
+"""
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,22 @@ from torch import Tensor
 from pipeline_lib.errors import DivergedError, InterruptedRunError
 from pipeline_lib.training.breaker import CircuitBreaker
 from pipeline_lib.training.critic import FrozenRewardModel, Normalization
+from pipeline_lib.training.loop import TrainingLoop
 from pipeline_lib.training.recipe import ParameterGroup
+from pipeline_lib.training.recipes.group import GroupRecipe
 from pipeline_lib.training.recipes.ppo import PpoRecipe
-from pipeline_lib.training.settings import BreakerSettings, OptimizerSettings, PpoSettings
-from tests.toy import World, ppo_recipe, ppo_settings, stop_before, weights_of
+from pipeline_lib.training.sampling_rollouts import RewardModelScorer
+from pipeline_lib.training.settings import BreakerSettings, OptimizerSettings
+from tests.toy import (
+    World,
+    group_recipe,
+    group_settings,
+    layout,
+    ppo_recipe,
+    ppo_settings,
+    stop_before,
+    weights_of,
+)
 
 FAST = OptimizerSettings(learning_rate=2e-2, schedule="constant", warmup_frac=0.0)
 OFF: dict[str, Any] = dict.fromkeys(BreakerSettings.model_fields)
@@ -26,6 +42,39 @@ HEALTHY = {
     "ref_kl_nats": 1.0, "response_tokens": 20.0, "entropy_nats": 2.0, "finished_frac": 0.9, "repeated_frac": 0.1,
     "duplicates_frac": 0.0, "rlhf_reward": 0.5, "heldout_score": 0.4,
 }  # fmt: skip
+
+
+Recipe = PpoRecipe | GroupRecipe
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes a training of a method."""
+
+    settings: Callable[..., Any]
+    recipe: Callable[..., Recipe]
+    without_kl: dict[str, Any]
+    """Settings under which the reward is the score alone."""
+
+
+@pytest.fixture(scope="module", params=["ppo", "rloo", "grpo"])
+def method(request: pytest.FixtureRequest, directory: Path, reward_directory: Path) -> Method:
+    if request.param == "ppo":
+
+        def ppo(chosen: Any, world: World, **how: Any) -> PpoRecipe:
+            return ppo_recipe(directory, reward_directory, chosen, world=world, **how)
+
+        return Method(ppo_settings, ppo, {"kl_target_nats": None, "kl_coef": 0.0})
+
+    def group(chosen: Any, world: World, **how: Any) -> GroupRecipe:
+        model = FrozenRewardModel(reward_directory, Normalization(gain=2.0, bias=0.5), settings=chosen)
+        scorer = RewardModelScorer(model, layout(), lambda: world.should_stop())
+        return group_recipe(directory, chosen, scorer, world=world, **how)
+
+    def settings(**changes: Any) -> Any:
+        return group_settings(request.param, **changes)
+
+    return Method(settings, group, {"beta": 0.0})
 
 
 def breaker(**limits: Any) -> CircuitBreaker:
@@ -71,7 +120,7 @@ def test_the_held_out_score_falls_from_its_best() -> None:
     assert watched.breach(without) is None
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, recipe: PpoRecipe, *breaches: str | None) -> list[dict[str, Tensor]]:
+def scripted(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, *breaches: str | None) -> list[dict[str, Tensor]]:
     """Let the breaker say this at each measurement; return the weights at each, as they are gathered."""
     assert recipe.breaker is not None
     answers: Iterator[str | None] = iter(breaches)
@@ -90,10 +139,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_the_first_breach_goes_back_and_halves_the_rate(
-    directory: Path, reward_directory: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    method: Method, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = ppo_settings(iterations=4, breaker={}, optimizer=FAST, ema_decay=0.9)
-    recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
+    chosen = method.settings(iterations=4, breaker={}, optimizer=FAST, ema_decay=0.9)
+    recipe = method.recipe(chosen, world)
     seen = scripted(monkeypatch, recipe, None, None, "too far", None, None)
     loop = world.loop(recipe, chosen)
     series = loop.run()
@@ -114,10 +163,10 @@ def test_the_first_breach_goes_back_and_halves_the_rate(
 
 
 def test_going_back_to_the_start_forgets_the_moments(
-    directory: Path, reward_directory: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    method: Method, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = ppo_settings(iterations=2, breaker={}, optimizer=FAST)
-    recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
+    chosen = method.settings(iterations=2, breaker={}, optimizer=FAST)
+    recipe = method.recipe(chosen, world)
     start = weights_of(recipe)
     seen = scripted(monkeypatch, recipe, None, "too far", None)
     loop = world.loop(recipe, chosen)
@@ -129,10 +178,10 @@ def test_going_back_to_the_start_forgets_the_moments(
 
 
 def test_the_second_breach_ends_with_the_best_iteration(
-    directory: Path, reward_directory: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    method: Method, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = ppo_settings(iterations=6, breaker={}, optimizer=FAST, kl_target_nats=None, kl_coef=0.0)
-    recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
+    chosen = method.settings(iterations=6, breaker={}, optimizer=FAST, **method.without_kl)
+    recipe = method.recipe(chosen, world)
     seen = scripted(monkeypatch, recipe, None, None, None, "too far", None, "too short")
     series = world.loop(recipe, chosen).run()
     assert len(series) == 16, "four iterations were trained on"
@@ -147,19 +196,19 @@ def test_the_second_breach_ends_with_the_best_iteration(
     assert f"the result is the state before iteration {best + 1}" in told
 
 
-def test_a_breach_before_any_update_is_refused(directory: Path, reward_directory: Path, world: World) -> None:
-    chosen = ppo_settings(breaker=OFF | {"min_entropy_nats": 100.0})
-    recipe = ppo_recipe(directory, reward_directory, chosen, world=world)
+def test_a_breach_before_any_update_is_refused(method: Method, world: World) -> None:
+    chosen = method.settings(breaker=OFF | {"min_entropy_nats": 100.0})
+    recipe = method.recipe(chosen, world)
     with pytest.raises(DivergedError, match=r"iteration 1: entropy, .* before any update"):
         world.loop(recipe, chosen).run()
 
 
 def test_the_held_out_reward_decides_which_iteration_is_best(
-    directory: Path, reward_directory: Path, world: World, monkeypatch: pytest.MonkeyPatch
+    method: Method, reward_directory: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = ppo_settings(iterations=4, breaker={}, optimizer=FAST)
+    chosen = method.settings(iterations=4, breaker={}, optimizer=FAST)
     heldout = FrozenRewardModel(reward_directory, Normalization(gain=-2.0, bias=-0.5), settings=chosen)
-    recipe = ppo_recipe(directory, reward_directory, chosen, world=world, heldout=heldout)
+    recipe = method.recipe(chosen, world, heldout=heldout)
     scripted(monkeypatch, recipe, None, None, None, "too far", "too far")
     series = world.loop(recipe, chosen).run()
     held_out = [row["heldout_score"] for row in series[::4]]
@@ -173,58 +222,67 @@ def test_the_held_out_reward_decides_which_iteration_is_best(
 # and iteration 3 ends the training: 8 steps of 12.
 
 
-def tight() -> PpoSettings:
+def tight(method: Method) -> Any:
     limits = OFF | {"max_kl_nats": 1e-4, "min_kl_nats": -1e-4}
-    return ppo_settings(iterations=3, breaker=limits, optimizer=FAST, kl_horizon_responses=20)
+    return method.settings(iterations=3, breaker=limits, optimizer=FAST, ema_decay=0.9)
 
 
-Ended = tuple[dict[str, Tensor], list[dict[str, float]], dict[str, Tensor], dict[str, Any]]
+def training(method: Method, world: World) -> tuple[Recipe, TrainingLoop]:
+    recipe = method.recipe(tight(method), world, tokens_per_batch=60)
+    return recipe, world.loop(recipe, tight(method))
 
 
-def ended(directory: Path, reward_directory: Path, world: World) -> Ended:
-    recipe = ppo_recipe(directory, reward_directory, tight(), world=world, tokens_per_batch=60)
-    series = world.loop(recipe, tight()).run()
+@dataclass(frozen=True)
+class Ended:
+    """Everything that a training leaves."""
+
+    weights: dict[str, Tensor]
+    series: list[dict[str, float]]
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def ended(method: Method, world: World) -> Ended:
+    recipe, loop = training(method, world)
+    series = loop.run()
     state = recipe.state()
-    return weights_of(recipe), series, state.tensors, dict(state.values)
+    return Ended(weights_of(recipe), series, state.tensors, dict(state.values))
 
 
 def assert_equal(one: Ended, other: Ended) -> None:
-    assert same(one[0], other[0])
-    assert one[1] == other[1]
-    assert one[2].keys() == other[2].keys()
-    assert same(one[2], other[2])
-    assert one[3] == other[3]
+    assert same(one.weights, other.weights)
+    assert one.series == other.series
+    assert one.tensors.keys() == other.tensors.keys()
+    assert same(one.tensors, other.tensors)
+    assert one.values == other.values
 
 
 @pytest.fixture(scope="module")
-def whole(directory: Path, reward_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def whole(method: Method, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     """The uninterrupted training."""
-    found = ended(directory, reward_directory, World.at(tmp_path_factory.mktemp("whole")))
-    assert len(found[1]) == 8
-    assert [row["breaches"] for row in found[1]] == [0.0] * 4 + [1.0] * 4
+    found = ended(method, World.at(tmp_path_factory.mktemp("whole")))
+    assert len(found.series) == 8
+    assert [row["breaches"] for row in found.series] == [0.0] * 4 + [1.0] * 4
+    assert [row["learning_rate"] for row in found.series] == [2e-2] * 4 + [1e-2] * 4
     return found
 
 
-@pytest.mark.parametrize("stops", [[4], [5], sorted(random.Random(1).sample(range(8), 3)), [0, 7]])
-def test_a_stop_between_steps_changes_nothing(
-    stops: list[int], whole: Ended, directory: Path, reward_directory: Path, world: World
-) -> None:
+@pytest.mark.parametrize("stops", [[4], sorted(random.Random(1).sample(range(8), 3)), [0, 7]])
+def test_a_stop_between_steps_changes_nothing(stops: list[int], whole: Ended, method: Method, world: World) -> None:
     for stop in stops:
-        loop = world.loop(ppo_recipe(directory, reward_directory, tight(), world=world, tokens_per_batch=60), tight())
+        _, loop = training(method, world)
         world.should_stop = stop_before(stop, loop)
         with pytest.raises(InterruptedRunError, match=f"before step {stop} of"):
             loop.run()
         world.should_stop = lambda: False
-    assert_equal(ended(directory, reward_directory, world), whole)
+    assert_equal(ended(method, world), whole)
 
 
-def test_a_stop_anywhere_while_going_back_changes_nothing(
-    whole: Ended, directory: Path, reward_directory: Path, tmp_path: Path
-) -> None:
+def test_a_stop_anywhere_while_going_back_changes_nothing(whole: Ended, method: Method, tmp_path: Path) -> None:
     """Of all questions whether to stop, those between the fourth step and the fifth, and some beyond."""
     counted = World.at(tmp_path / "counted")
     questions: list[int] = []
-    loop = counted.loop(ppo_recipe(directory, reward_directory, tight(), world=counted, tokens_per_batch=60), tight())
+    _, loop = training(method, counted)
 
     def count() -> bool:
         questions.append(loop.progress.step)
@@ -238,8 +296,8 @@ def test_a_stop_anywhere_while_going_back_changes_nothing(
         world = World.at(tmp_path / str(number))
         asked = iter(range(10**6))
         world.should_stop = lambda: next(asked) >= number  # noqa: B023  (used up in this round of the loop)
-        recipe = ppo_recipe(directory, reward_directory, tight(), world=world, tokens_per_batch=60)
+        _, loop = training(method, world)
         with pytest.raises(InterruptedRunError):
-            world.loop(recipe, tight()).run()
+            loop.run()
         world.should_stop = lambda: False
-        assert_equal(ended(directory, reward_directory, world), whole)
+        assert_equal(ended(method, world), whole)
