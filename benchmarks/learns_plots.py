@@ -67,8 +67,33 @@ def draw_controlled(found: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_language(found: dict[str, Any], path: Path) -> None:
+    """Draw both reward models' scores over the iterations' rollouts and against their KL, and the held-out prompts."""
+    figure, (over_time, over_kl) = _figure(columns=2)
+    rows, end = found["curve"], found["kl_nats"]
+    for name, label, colour in (("score", "proxy", "#3465a4"), ("heldout_score", "held out", "#c4500b")):
+        values = [row[name] for row in rows]
+        over_time.plot([row["iteration"] + 1 for row in rows], values, color=colour, marker=".", label=label)
+        over_kl.plot([row["ref_kl_nats"] for row in rows], values, ".", color=colour, alpha=0.35)
+        before, after = (found["proxy" if name == "score" else "heldout"][when] for when in ("before", "after"))
+        both = [before["value"], after["value"]]
+        over_kl.errorbar(
+            [0.0, end["value"]], both, color=colour, marker="o", capsize=3, label=f"{label}, held-out prompts",
+            xerr=[[0.0, end["value"] - end["low"]], [0.0, end["high"] - end["value"]]],
+            yerr=[[one["value"] - one["low"] for one in (before, after)],
+                  [one["high"] - one["value"] for one in (before, after)]],
+        )  # fmt: skip
+    over_time.set_xlabel("iteration")
+    over_kl.set_xlabel(KL_LABEL)
+    for axes in (over_time, over_kl):
+        axes.set_ylabel("score, deviations of the start's")
+        axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 DRAWN: dict[str, Callable[[dict[str, Any], Path], None]] = {
-    "learn": draw_learn, "frontier": draw_frontier, "controlled": draw_controlled
+    "learn": draw_learn, "frontier": draw_frontier, "controlled": draw_controlled, "language": draw_language,
+    "language_hh": draw_language,
 }  # fmt: skip
 """By part, which is the name of its JSON and its SVG too."""
 

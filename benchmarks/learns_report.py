@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learns_language_report import language_part
 from benchmarks.learns_plots import LABELS
 
 BEGIN, END = "<!-- learns:begin -->", "<!-- learns:end -->"
@@ -112,7 +113,8 @@ def _controlled_part(found: Found, plot: str) -> str:
 
 
 _PARTS: dict[str, Callable[[Found, str], str]] = {
-    "learn": _learn_part, "frontier": _frontier_part, "controlled": _controlled_part
+    "learn": _learn_part, "language": language_part, "language_hh": language_part, "frontier": _frontier_part,
+    "controlled": _controlled_part,
 }  # fmt: skip
 
 

@@ -3,9 +3,13 @@
 `python -m benchmarks.ppo_learns PART`, where PART is
   learn       PPO, RLOO and GRPO on a rule from three seeds each; fails where one stays below 90 % of the
               best score or goes further than the KL limit
+  language    PPO on SmolLM2-135M against a reward model; a second one, of other pairs, only measures; fails
+              where the score's intervals are not apart, the KL is above its limit or the second one's score falls
   frontier    every method at several strengths of its KL, at equal generated responses: score against KL
   controlled  DPO against PPO where a known reward labels the pairs: true score against KL
-  all         all of them;  page  only draw and write again what is there
+  all         all of these
+  language_hh as language, on people's choices instead of documentation: --hh FOLDER has helpful-base.jsonl.gz
+  page        only draw and write again what is there
 Each writes JSON and SVG, and its part of docs/performance.md between the markers. No network.
 """
 
@@ -19,12 +23,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.learns_controlled import sweep
+from benchmarks.learns_language import Training, language
+from benchmarks.learns_language_models import Preparation
+from benchmarks.learns_language_rows import Kind
 from benchmarks.learns_methods import METHODS, RESPONSES_PER_ITERATION, SAMPLES_MEASURED, best_of_n, run
 from benchmarks.learns_optimum import best_possible
 from benchmarks.learns_plots import DRAWN
@@ -55,16 +63,24 @@ FRONTIER: dict[str, tuple[float, ...]] = {
 def main() -> None:
     """Run what is asked for; exit with 1 where a method did not learn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=(*PARTS, "all", "page"))
+    parser.add_argument("part", choices=(*PARTS, *LANGUAGE, "all", "page"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/learns"))
     parser.add_argument("--page", type=Path, default=Path("docs/performance.md"))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="default: 1, and 2 with the language model")
+    parser.add_argument("--hh", type=Path, default=Path(), help="folder of HH-RLHF's rows")
+    parser.add_argument("--work", type=Path, help="keep the models that part language starts from in this folder")
     chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    parts = PARTS | {
+        name: partial(
+            language, work=chosen.work, plan=Preparation(kind=kind), training=Training(), rows_folder=chosen.hh
+        )
+        for name, kind in LANGUAGE.items()
+    }
     chosen.results.mkdir(parents=True, exist_ok=True)
     has_learnt = True
-    for name, part in PARTS.items():
-        if chosen.part in (name, "all"):
+    for name, part in parts.items():
+        if chosen.part == name or (chosen.part == "all" and name != "language_hh"):
+            torch.set_num_threads(chosen.threads or (2 if name in LANGUAGE else 1))
             with tempfile.TemporaryDirectory() as folder:
                 started, cpu_started = time.monotonic(), time.process_time()
                 found = {**part(Path(folder)), **_about()}
@@ -128,6 +144,7 @@ def controlled(folder: Path) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "learn": learn, "frontier": frontier, "controlled": controlled
 }  # fmt: skip
+LANGUAGE: dict[str, Kind] = {"language": "documentation", "language_hh": "hh"}
 
 
 def _about() -> dict[str, Any]:

@@ -100,9 +100,29 @@ def run(method: str, **changed: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def language_found(kind: str) -> dict[str, Any]:
+    def span(value: float, half: float) -> dict[str, float]:
+        return {"value": value, "low": value - half, "high": value + half}
+
+    pieces = ("base", "start", "answers", "proxy", "heldout", "measure_before", "ppo", "measure_after")
+    row = {"iteration": 0.0, "score": 0.1, "heldout_score": 0.0, "ref_kl_nats": 0.0}
+    both = {"before": span(0.0, 0.1), "after": span(1.0, 0.1), "gain": span(1.0, 0.05)}
+    return {
+        "kind": kind, "sizes": {"sft": 12, "reward": 6, "test": 8, "policy": 9}, "agreement": 0.5, "threads": 2,
+        "training": {"kl_coef": 0.05, "iterations": 3, "rollouts": 8}, "kl_limit_nats": 10.0, "kl_nats": span(2.0, 0.3),
+        "test_accuracy_frac": {"proxy": 0.9, "heldout": 0.8}, "curve": [row], "proxy": both, "heldout": both,
+        "verdicts": {"is_up_apart": True, "is_near": True, "is_heldout_not_down": False},
+        "spent": {name: {"seconds": 60.0, "cpu_seconds": 120.0} for name in pieces},
+        "tokens_before": 9.0, "tokens_after": 8.0, "finished_frac_before": 0.5, "finished_frac_after": 1.0,
+        "entropy_nats_before": 2.0, "entropy_nats_after": 1.0,
+        "samples": [{"prompt": "What does `a|b` do?", "before": "Return <x>.", "after": "Return\ny."}],
+    }  # fmt: skip
+
+
 def test_every_part_is_drawn_and_told_on_the_page(tmp_path: Path) -> None:
     best = [{"temperature": 1.0, "score": 0.6, "kl_nats": 0.5}, {"temperature": 0.1, "score": 0.95, "kl_nats": 3.0}]
     spent = {"seconds": 120.0, "cpu_seconds": 60.0}
+    language = language_found(kind="documentation")
     found: dict[str, dict[str, Any]] = {
         "learn": {"goal_frac": 0.9, "best_score": 1.0, "kl_limit_nats": 15.0, "iterations": 1, "start": {"score": 0.5},
                   "runs": [run("ppo"), run("grpo", is_reached=False)], **spent},
@@ -110,6 +130,7 @@ def test_every_part_is_drawn_and_told_on_the_page(tmp_path: Path) -> None:
                      "best_of_n": [{"n": n, "score": 0.6, "kl_nats": math.log(n) - (n - 1) / n} for n in (1, 2)]},
         "controlled": {"responses": 64, "pairs": 30, "test_accuracy_frac": 0.9, "runs": [run("dpo"), run("ppo_true")],
                        "best_possible": best, **spent},
+        "language": language, "language_hh": {**language, "kind": "hh"},
     }  # fmt: skip
     assert found.keys() == DRAWN.keys()
     DRAWN["controlled"]({"runs": [run("dpo", curve=[])], "best_possible": []}, tmp_path / "cut.svg")
@@ -128,4 +149,9 @@ def test_every_part_is_drawn_and_told_on_the_page(tmp_path: Path) -> None:
     assert "| PPO | 0 | 0.900 ± 0.020 | 0.90 | 1.00 | 0.80 | 3.00 ± 0.20 | 1 |" in text
     assert text.count("2 minutes, 1.0 of them on the one core") == 3
     assert "| best of 2 | | 0.600 | 0.19 | |" in text
-    assert [f"![{name}]({name}.svg)" in text for name in DRAWN] == [True] * 3
+    assert [f"![{name}]({name}.svg)" in text for name in DRAWN] == [True] * 5
+    assert "| proxy | 0.00 (-0.10 to 0.10) | 1.00 (0.90 to 1.10) | 1.00 (0.95 to 1.05) |" in text
+    assert "- held-out reward not down: **no**" in text
+    assert "8.0 minutes on 2 threads, 16.0 of one core: start and reward models 5.0, PPO 1.0, measuring 2.0." in text
+    assert "| What does `a\\|b` do? | Return &lt;x>. | Return y. |" in text
+    assert "people's choices" in text
