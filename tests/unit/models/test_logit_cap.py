@@ -30,7 +30,7 @@ from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.recipes.sft import KlPenalty, SftRecipe
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.trained_model import prepare
-from tests.toy import DEMONSTRATIONS, LORA, layout, settings
+from tests.toy import DEMONSTRATIONS, LORA, World, layout, ppo_recipe, ppo_settings, settings, write_reward_model
 
 CAP = 2.0
 SHAPE: dict[str, Any] = {
@@ -73,7 +73,7 @@ def test_the_cap_is_read_and_felt(kind: str) -> None:
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     hidden = model.base_model(ids).last_hidden_state
     plain = model.get_output_embeddings()(hidden)
-    assert float(plain.abs().max()) > 1.5 * CAP
+    assert float(plain.detach().abs().max()) > 1.5 * CAP
     torch.testing.assert_close(logits_of(model, hidden), model(ids).logits, rtol=0, atol=1e-6)
 
 
@@ -130,6 +130,26 @@ def test_sft_with_smoothing_and_kl_is_that_of_the_whole_logits(folder: Path) -> 
     assert float(torch.cat(kls).mean()) > 1e-3
     expected = torch.cat(losses).mean() + 0.5 * torch.cat(kls).mean()
     assert float(found.loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_ppo_measures_of_its_samples_is_what_the_model_says(folder: Path, tmp_path: Path, world: World) -> None:
+    chosen = ppo_settings(temperature=0.7, iterations=1)
+    recipe = ppo_recipe(folder, write_reward_model(folder, tmp_path / "judge"), chosen, world=world)
+    recipe.micro_batches(0)
+    rollouts = recipe.rollouts
+    assert rollouts is not None
+    logps, entropies = [], []
+    for tree in rollouts.trees:
+        ids, start = [*tree.prompt_ids, *tree.response_ids[0]], len(tree.prompt_ids)
+        with torch.no_grad():
+            logp = torch.log_softmax(whole_logits(recipe.policy.model, ids)[start - 1 : -1] / 0.7, dim=-1)
+        logps.append(logp.gather(1, torch.tensor(ids[start:])[:, None])[:, 0])
+        entropies.append(-(logp.exp() * logp).sum(-1))
+    torch.testing.assert_close(rollouts.logp_N, torch.cat(logps), rtol=0, atol=1e-4)
+    torch.testing.assert_close(rollouts.ref_logp_N, torch.cat(logps), rtol=0, atol=1e-4)
+    torch.testing.assert_close(rollouts.entropy_N, torch.cat(entropies), rtol=0, atol=1e-4)
+    assert rollouts.full_kl_N is not None
+    assert float(rollouts.full_kl_N.abs().max()) <= 1e-5
 
 
 def test_recurrent_gemma_calls_its_cap_otherwise() -> None:
