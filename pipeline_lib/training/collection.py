@@ -20,8 +20,6 @@ from pipeline_lib.errors import ConfigError, DataError, DivergedError, RewardErr
 from pipeline_lib.generation import open_generator
 from pipeline_lib.generation.contract import Generator
 from pipeline_lib.hashing import derive_seed
-from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
-from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, logit_cap, predicting_states
 from pipeline_lib.models.sampling import Sample, SamplingSettings
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.rl.monitor import truncated_length
@@ -29,12 +27,12 @@ from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
-from pipeline_lib.training.divergence import ReferenceStates
 from pipeline_lib.training.generating import EveryEighth, mismatch_nats, policy_for
 from pipeline_lib.training.group import ProcessGroup
+from pipeline_lib.training.measuring import ScoresResponses, logps_and_kl, scores_in_order, tokens_in_order
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
-from pipeline_lib.training.rollout import Rollouts, rollout_tree
+from pipeline_lib.training.rollout import ValuedRollouts, rollout_tree
 from pipeline_lib.training.settings import PpoSettings
 from pipeline_lib.training.trained_model import TrainedModel
 
@@ -120,7 +118,7 @@ class Collector:
             self.settings.generator, policy_for(self.policy), eos_id=self.chat.eos_id, pad_id=self.chat.pad_id
         )
 
-    def collect(self, prompts: Sequence[Tree], iteration: int) -> Rollouts:
+    def collect(self, prompts: Sequence[Tree], iteration: int) -> ValuedRollouts:
         """Sample one response a prompt and measure it.
 
         Raises:
@@ -131,7 +129,7 @@ class Collector:
         with scores_once(self.scorer):
             return self._collect(prompts, iteration)
 
-    def _collect(self, prompts: Sequence[Tree], iteration: int) -> Rollouts:
+    def _collect(self, prompts: Sequence[Tree], iteration: int) -> ValuedRollouts:
         drawn = self._sample(prompts, iteration)
         ends = [self._end(one) for one in drawn]
         truncation = self.settings.truncation
@@ -148,12 +146,12 @@ class Collector:
             scored_trees = _trees(prompts, [scored_trees[place].response_ids[0] for place in kept])
             is_finished = [is_finished[place] for place in kept]
         trees = _trees(prompts, trained)
-        figures = self._measure(trees)
+        figures = tokens_in_order(trees, self.layout, self._of_batch, device=self._device, should_stop=self.should_stop)
         heldout_R = None
         if self.heldout is not None:
-            heldout_R = self._by_response(scored_trees, self.heldout.scores)
+            heldout_R = self._scores(self.heldout, scored_trees)
             require_finite_scores(heldout_R, prompts, whose="the held-out reward model")
-        return Rollouts(
+        return ValuedRollouts(
             tuple(trees), **figures, score_R=scored.score_R, is_finished_R=torch.tensor(is_finished),
             heldout_score_R=heldout_R, parts_R=scored.parts_R,
             mismatch_nats=mismatch_nats(drawn, figures["logp_N"].split([len(ids) for ids in trained])),
@@ -198,50 +196,15 @@ class Collector:
             return len(drawn.ids), drawn.is_finished
         return (len(drawn.ids), False) if end is None else (end, True)
 
-    @torch.no_grad()
-    def _measure(self, trees: list[Tree]) -> dict[str, Tensor]:
-        """Compute what policy, reference and value function say of every token, flat in rollout order."""
-        by_index: dict[int, dict[str, Tensor]] = {}
-        for batch in self.layout.batches(trees):
-            if self.should_stop():
-                raise StopRequestedError
-            lengths = batch.lengths_R.tolist()
-            flat = self._of_batch(batch.to(self.policy.model.device))
-            rows = {name: values.float().cpu().split(lengths) for name, values in flat.items()}
-            for place, tree in enumerate(batch.trees):
-                by_index[int(tree.record_id)] = {name: row[place] for name, row in rows.items()}
-        return {name: torch.cat([by_index[index][name] for index in range(len(trees))]) for name in by_index[0]}
-
     def _of_batch(self, batch: TreeBatch) -> dict[str, Tensor]:
-        temperature, softcap = self.settings.temperature, logit_cap(self.policy.model)
-        ref = ReferenceStates.of(self.reference, batch)
-        head = self.policy.model.get_output_embeddings()
-        bias_V = getattr(head, "bias", None)
-        hidden_ND = predicting_states(self.policy.model, batch)
-        logp_N, entropy_N = token_logps_from_hidden(
-            hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS,
-            temperature=temperature, softcap=softcap, with_entropy=True,
-        )  # fmt: skip
-        ref_logp_N, _ = token_logps_from_hidden(
-            ref.hidden_ND, ref.head_weight_VD, batch.label_N, head_bias_V=ref.head_bias_V,
-            chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature, softcap=ref.softcap,
-        )  # fmt: skip
-        full_kl_N = full_kl_from_hidden(
-            hidden_ND, head.weight, ref.hidden_ND, ref.head_weight_VD, head_bias_V=bias_V,
-            ref_head_bias_V=ref.head_bias_V, chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature,
-            softcap=softcap, ref_softcap=ref.softcap,
-        )  # fmt: skip
-        assert entropy_N is not None
-        return {
-            "logp_N": logp_N, "ref_logp_N": ref_logp_N, "entropy_N": entropy_N, "full_kl_N": full_kl_N,
-            "value_N": self.critic.values(batch),
-        }  # fmt: skip
+        figures = logps_and_kl(self.policy, self.reference, batch, temperature=self.settings.temperature)
+        return {**figures, "value_N": self.critic.values(batch)}
 
     def _score(self, prompts: Sequence[Tree], trees: list[Tree], is_finished: list[bool]) -> Scored:
         if self.scorer is not None:
             scored = self.scorer.score(prompts, trees, is_finished)
         else:
-            scored = Scored(self._by_response(trees, self.critic.scores))
+            scored = Scored(self._scores(self.critic, trees))
         kept = prompts if scored.kept is None else [prompts[place] for place in scored.kept]
         require_finite_scores(scored.score_R, kept, whose="the reward")
         return scored
@@ -254,15 +217,13 @@ class Collector:
             )
         return kept
 
-    def _by_response(self, trees: list[Tree], scores: Callable[[TreeBatch], Tensor]) -> Tensor:
-        """Score trees forward by forward; return `(R,)` in their order."""
-        found = torch.zeros(len(trees))
-        for batch in self.layout.batches(trees):
-            if self.should_stop():
-                raise StopRequestedError
-            places = torch.tensor([int(tree.record_id) for tree in batch.trees])
-            found[places] = scores(batch.to(self.policy.model.device)).float().cpu()
-        return found
+    def _scores(self, model: ScoresResponses, trees: list[Tree]) -> Tensor:
+        return scores_in_order(model, trees, self.layout, device=self._device, should_stop=self.should_stop)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.policy.model.device
+        return device
 
 
 def token_id(token: str | int, chat: ChatTokenizer) -> int:
@@ -290,15 +251,21 @@ def token_id(token: str | int, chat: ChatTokenizer) -> int:
 def require_finite_scores(score_R: Tensor, prompts: Sequence[Tree], *, whose: str) -> None:
     """Stop where a response's score is NaN or infinite: it would spoil every weight.
 
+    Args:
+        score_R: The scores.
+        prompts: The prompt of each response; the record id is its row's.
+        whose: What gave the scores.
+
     Raises:
         DivergedError: Naming the rows of the prompts.
     """
     odd = [tree.record_id for tree, score in zip(prompts, score_R.tolist(), strict=True) if not abs(score) < torch.inf]
     if odd:
+        rows = list(dict.fromkeys(odd))
         raise DivergedError(
-            f"{whose} gave {len(odd)} of {len(prompts)} responses a score that is not finite; rows: {_named(odd)}",
+            f"{whose} gave {len(odd)} of {len(prompts)} responses a score that is not finite; rows: {_named(rows)}",
             next_step="train the reward model with `precision: fp32`, or look at the rows named above",
-            row_ids=tuple(odd),
+            row_ids=tuple(rows),
         )
 
 
@@ -337,17 +304,17 @@ def _named(record_ids: list[str]) -> str:
 
 def _trees(prompts: Sequence[Tree], responses: Sequence[Sequence[int]]) -> list[Tree]:
     return [
-        rollout_tree(index, list(tree.prompt_ids), list(ids))
+        rollout_tree(index, tree.prompt_ids, ids)
         for index, (tree, ids) in enumerate(zip(prompts, responses, strict=True))
     ]
 
 
-def sample_line(chat: ChatTokenizer, tree: Tree, *, iteration: int, score: float) -> str:
-    """Return a tree's first response as a line of `samples.jsonl`."""
+def sample_line(chat: ChatTokenizer, tree: Tree, *, place: int, iteration: int, score: float) -> str:
+    """Return one of a tree's responses as a line of `samples.jsonl`."""
     row = {
         "iteration": iteration,
         "prompt": chat.decode(list(tree.prompt_ids)),
-        "response": chat.decode(list(tree.response_ids[0])),
+        "response": chat.decode(list(tree.response_ids[place])),
         "score": score,
     }
     return json.dumps(row, ensure_ascii=False, sort_keys=True)
