@@ -50,7 +50,7 @@ def check_memory(config: RunConfig, base: ArtifactRef, store: ArtifactStore) -> 
     layers = int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)
     limit_gib = config.runtime.max_memory_gib or psutil.virtual_memory().total / GIB
     stages: dict[str, tuple[TrainingSettings, int]] = {
-        "sft": (config.sft, 1 if config.sft.select_by is None else 2),
+        "sft": (config.sft, 1 if config.sft.select_by is None or config.sft.adapter is None else 2),
         "reward": (config.reward, 1),
         **{f"reward_models.{name}": (further, 1) for name, further in config.reward_models.items()},
         **{name: (candidate, _copies(candidate)) for name, candidate in config.all_candidates().items()},

@@ -92,8 +92,8 @@ class SelectionSettings(Frozen):
     """Judge held-out measurements by a reward model: its mean score of the model's own answers."""
 
     reward_model: str = Field(min_length=1)
-    """Its artifact in the run's store: an id or the beginning of one, `reward_model/ID` or the place that `explain`
-    prints. `last_round`: the reward model of the round before; the first round then goes by the held-out loss."""
+    """Its artifact in the run's store: an id, the beginning of one, `reward_model/ID` as `explain` prints it, or the
+    `s3://` place of its manifest. `last_round`: that of the round before; the first round goes by the held-out loss."""
     prompts: int = Field(64, ge=1)
     """Held-out prompts that are answered at each measurement, at most."""
     max_new_tokens: int = Field(128, ge=1)
