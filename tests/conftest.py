@@ -5,12 +5,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline_lib.storage.embedded import EmbeddedS3
 from pipeline_lib.storage.s3 import S3Settings
 from pipeline_lib.storage.store import ArtifactStore
+
+if TYPE_CHECKING:
+    from tests.toy import World
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +38,32 @@ def settings(s3_server: S3Settings) -> S3Settings:
 def store(settings: S3Settings, tmp_path: Path) -> ArtifactStore:
     """An empty artifact store on a real server."""
     return ArtifactStore(settings, cache_directory=tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer; to be read only."""
+    from pipeline_lib.models.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    write_tiny_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_directory(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model on its backbone; to be read only."""
+    from tests.toy import write_reward_model
+
+    return write_reward_model(directory, tmp_path_factory.mktemp("tiny-reward"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """An empty world."""
+    from tests.toy import World
+
+    return World.at(tmp_path)
 
 
 @pytest.fixture(scope="session")

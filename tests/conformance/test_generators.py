@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,11 +120,3 @@ def test_progress_is_told_and_can_end_it(name: str, build: Any) -> None:
 @every_generator
 def test_without_prompts_there_are_no_samples(name: str, build: Any) -> None:
     assert build(name).generate([], CHOSEN, seed=1) == []
-
-
-def test_configurations_need_no_torch() -> None:
-    program = (
-        "import sys; from pipeline_lib.generation import GENERATORS as table;"
-        "[table[name] for name in table]; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

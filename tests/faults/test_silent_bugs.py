@@ -23,7 +23,6 @@ from pipeline_lib.losses.preference.dpo import Dpo
 from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.scoring import response_logps
 from pipeline_lib.models.settings import LoraSettings
-from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training import loop as loop_module
@@ -48,27 +47,9 @@ from tests.toy import (
     sft_recipe,
     stop_before,
     weights_of,
-    write_reward_model,
 )
 
 END = 2
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_directory(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_reward_model(directory, tmp_path_factory.mktemp("reward"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World.at(tmp_path)
 
 
 # 1 ---------------------------------------------------------------------------------------------------

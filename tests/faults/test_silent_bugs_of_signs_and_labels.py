@@ -19,7 +19,7 @@ from pipeline_lib.models.base import load_causal_model
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.sampling import SamplingSettings, sample
 from pipeline_lib.models.scoring import response_logps
-from pipeline_lib.models.tiny import byte_tokenizer, write_tiny_model
+from pipeline_lib.models.tiny import byte_tokenizer
 from pipeline_lib.rl.kl import kl_estimate
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
@@ -44,27 +44,9 @@ from tests.toy import (
     settings,
     short_tree,
     tiny_llama,
-    write_reward_model,
 )
 
 END = 2
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_directory(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_reward_model(directory, tmp_path_factory.mktemp("reward"))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World.at(tmp_path)
 
 
 # 3 ---------------------------------------------------------------------------------------------------

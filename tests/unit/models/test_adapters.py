@@ -25,13 +25,6 @@ from tests.toy import LORA, byte_ids, policy_of, reward_model_of, settings, tiny
 PROMPTS = [byte_ids(text) for text in ("a", "hello", "what is a tree?", "x" * 40, "one two three")]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=0)
-    return folder
-
-
 def logits(model: PreTrainedModel) -> list[Tensor]:
     with torch.no_grad():
         return [model(torch.tensor([prompt])).logits for prompt in PROMPTS]

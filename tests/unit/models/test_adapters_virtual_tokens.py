@@ -33,7 +33,6 @@ from pipeline_lib.models.base import load_causal_model, save_model
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.sampling import SamplingSettings, sample
 from pipeline_lib.models.settings import AdapterSettings, LoraSettings, PrefixSettings, PromptSettings
-from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.models.virtual_tokens import FOLDER, Kind, VirtualTokens, fresh_tokens, virtual_tokens_of
 from pipeline_lib.text.pack import TreeBatch, pack, pad
@@ -230,13 +229,6 @@ def test_samples_are_drawn_from_what_is_scored(kind: Kind) -> None:
             with torch.no_grad():
                 assert int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) == token
             ids.append(token)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=0)
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -131,13 +131,19 @@ def test_dpo_of_virtual_tokens_begins_apart_from_its_reference_and_learns(
     assert series[-1]["loss"] < series[0]["loss"]
 
 
+def fine_tuned(directory: Path, name: str, root: Path) -> Path:
+    """The folder of a model whose adapter was trained on demonstrations."""
+    chosen = chosen_for(name)
+    recipe = sft_recipe(directory, chosen)
+    World.at(root / "sft").loop(recipe, chosen).run()
+    recipe.trained.save(root / "out")
+    return root / "out"
+
+
 @pytest.mark.parametrize("name", VIRTUAL)
 def test_dpo_trains_loaded_tokens_on_from_its_reference(name: str, directory: Path, tmp_path: Path) -> None:
     chosen = chosen_for(name)
-    sft = sft_recipe(directory, chosen)
-    World.at(tmp_path / "sft").loop(sft, chosen).run()
-    sft.trained.save(tmp_path / "out")
-    recipe = dpo_recipe(tmp_path / "out", chosen)
+    recipe = dpo_recipe(fine_tuned(directory, name, tmp_path), chosen)
     assert recipe.policy.starts_as_reference
     series = World.at(tmp_path / "dpo").loop(recipe, chosen).run()  # check_start would stop it
     assert series[0]["log_ratio_abs_nats_per_token"] < 1e-5
@@ -146,12 +152,8 @@ def test_dpo_trains_loaded_tokens_on_from_its_reference(name: str, directory: Pa
 
 @pytest.mark.parametrize("name", VIRTUAL)
 def test_lora_on_a_model_with_tokens_keeps_them(name: str, directory: Path, tmp_path: Path) -> None:
-    chosen = chosen_for(name)
-    sft = sft_recipe(directory, chosen)
-    World.at(tmp_path / "sft").loop(sft, chosen).run()
-    sft.trained.save(tmp_path / "out")
     lora = chosen_for("lora")
-    recipe = dpo_recipe(tmp_path / "out", lora)
+    recipe = dpo_recipe(fine_tuned(directory, name, tmp_path), lora)
     World.at(tmp_path / "dpo").loop(recipe, lora).run()
     trained = logps_of(recipe.policy)
     recipe.policy.save(tmp_path / "second")
