@@ -95,6 +95,11 @@ def _settings(prefect_home: Path) -> dict[str, str]:
     }
 
 
+def pages_of(api_url: str) -> dict[str, str]:
+    """Return the setting by which a server's pages ask that server, on whatever port, and not Prefect's usual address."""
+    return {"PREFECT_SERVER_UI_API_URL": api_url}
+
+
 def _running(state: Path) -> str | None:
     try:
         api_url = str(json.loads(state.read_text())["api_url"])
@@ -108,13 +113,13 @@ def _start(home: Path, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
     logs = home.absolute() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log_path = logs / "prefect.log"
+    api_url = f"http://127.0.0.1:{chosen}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(chosen)]
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            preexec_fn=_die_with_parent,
+            env={**os.environ, **pages_of(api_url)}, preexec_fn=_die_with_parent,
         )  # fmt: skip
-    api_url = f"http://127.0.0.1:{chosen}/api"
     deadline, pause = time.monotonic() + START_DEADLINE_S, threading.Event()
     while not is_healthy(api_url):
         if process.poll() is not None or time.monotonic() > deadline:

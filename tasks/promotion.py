@@ -18,7 +18,7 @@ from tasks.stage_task import is_transient
 
 
 @task(
-    name="promote", cache_policy=NO_CACHE, persist_result=False,
+    name="promote", task_run_name="promote", cache_policy=NO_CACHE, persist_result=False,
     retries=2, retry_delay_seconds=[2, 10], retry_condition_fn=is_transient,
 )  # fmt: skip
 def promote_winner(config: PromoteConfig, verdict: ArtifactRef, services: Services, tags: dict[str, str]) -> Any:

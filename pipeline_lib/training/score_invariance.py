@@ -41,14 +41,7 @@ def score_differences(model: PreTrainedModel, trees: Sequence[Tree], layout: Lay
         DivergedError: A score is not a finite number.
     """
     chosen = _uneven(trees)
-    everything = sum((len(tree.prompt_ids) + 1) * len(tree.response_ids) + tree.num_tokens for tree in chosen)
-    together = replace(layout, tokens_per_batch=everything)
-    alone = _alone(model, chosen, layout)
-    _require_finite(alone)
-    forms = {"padded": replace(together, is_packed=False)}
-    if layout.is_packed:
-        forms["packed"] = together
-    return {name: furthest(alone, response_scores(model, chosen, form)) for name, form in forms.items()}
+    return _differences(model, chosen, _alone(model, chosen, layout), layout)
 
 
 def check_scores_do_not_move(
@@ -68,8 +61,10 @@ def check_scores_do_not_move(
     Raises:
         DivergedError: It is more than the number format explains, or a score is not finite.
     """
-    differences = score_differences(model, trees, layout)
-    largest = max(abs(score) for scores in _alone(model, _uneven(trees), layout).values() for score in scores)
+    chosen = _uneven(trees)
+    alone = _alone(model, chosen, layout)
+    differences = _differences(model, chosen, alone, layout)
+    largest = max(abs(score) for scores in alone.values() for score in scores)
     limit = TOLERANCES.get(dtype, LOW_PRECISION_TOLERANCE) * max(1.0, largest)
     for name, difference in differences.items():
         if not difference <= limit:
@@ -89,6 +84,16 @@ def furthest(one: Scores, other: Scores) -> float:
     if one.keys() != other.keys():
         raise ValueError("the scores belong to different records")
     return max(abs(a - b) for name in one for a, b in zip(one[name], other[name], strict=True))
+
+
+def _differences(model: PreTrainedModel, chosen: Sequence[Tree], alone: Scores, layout: Layout) -> dict[str, float]:
+    everything = sum((len(tree.prompt_ids) + 1) * len(tree.response_ids) + tree.num_tokens for tree in chosen)
+    together = replace(layout, tokens_per_batch=everything)
+    _require_finite(alone)
+    forms = {"padded": replace(together, is_packed=False)}
+    if layout.is_packed:
+        forms["packed"] = together
+    return {name: furthest(alone, response_scores(model, chosen, form)) for name, form in forms.items()}
 
 
 def _uneven(trees: Sequence[Tree]) -> list[Tree]:
