@@ -112,7 +112,7 @@ def measure(folder: Path, chosen: argparse.Namespace) -> Result:
     )  # fmt: skip
 
 
-def make_prompts(encoder: Encoder, *, count: int) -> list[list[int]]:
+def make_prompts(encoder: Encoder, *, count: int, at_least: int = 0, below: int = _LONGEST_PROMPT) -> list[list[int]]:
     """Return questions about different functions, as token ids in the model's chat template, in a shuffled order."""
     texts = set()
     for name in _MODULES:
@@ -122,9 +122,9 @@ def make_prompts(encoder: Encoder, *, count: int) -> list[list[int]]:
                 texts.add(text)
     encoded = [
         encoder.prompt((Message(role="user", content=_ASK + text),), where="benchmark")[0]
-        for text in random.Random(SEED).sample(sorted(texts), min(len(texts), 4 * count))
+        for text in random.Random(SEED).sample(sorted(texts), len(texts) if at_least else min(len(texts), 4 * count))
     ]
-    fitting = [ids for ids in encoded if len(ids) < _LONGEST_PROMPT]
+    fitting = [ids for ids in encoded if at_least <= len(ids) < below]
     assert len(fitting) >= count, "too few docstrings"
     return fitting[:count]
 

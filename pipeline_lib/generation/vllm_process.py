@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel
+from transformers import AutoConfig
 
 from pipeline_lib.errors import ConfigError, GeneratorError
 from pipeline_lib.generation.contract import Policy
@@ -93,6 +94,7 @@ class VllmProcess:
             # Numbers are never used twice: vLLM keeps what it has loaded under one.
             self.lora = request(version.name, self.num_adapters, str(version.directory))
             return
+        _require_reloadable(version)
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(version.directory)})
         except (RuntimeError, ValueError, OSError, TypeError, NotImplementedError) as error:
@@ -102,6 +104,22 @@ class VllmProcess:
             ) from error
         # What is cached of prompts was computed by the weights before.
         self.llm.reset_prefix_cache()
+
+
+def _require_reloadable(version: Version) -> None:
+    """Refuse what vLLM would load in part without a word.
+
+    Its kernels for CPUs keep a packed copy of the output matrix, and a reload leaves it out where the matrix is tied
+    to the embeddings (seen with 0.32): responses would come from the new layers and the old output.
+    """
+    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        return
+    config = AutoConfig.from_pretrained(version.directory, local_files_only=True, trust_remote_code=False)
+    if config.tie_word_embeddings:
+        raise GeneratorError(
+            "vLLM on a CPU would keep the old output matrix of a model that ties it to its embeddings",
+            next_step="train an adapter (adapter.name: lora), or take generator: {name: continuous}",
+        )
 
 
 def _lora_arguments(policy: Policy) -> dict[str, Any]:

@@ -80,7 +80,8 @@ class VllmServer:
             self._tell("/v1/unload_lora_adapter", {"lora_name": before}, "look at the server's log")
 
     def _tell(self, path: str, body: Mapping[str, Any], advice: str) -> None:
-        _asked(lambda: self.http.post(body, path), f"{self.http.place}{path}", advice)
+        # A server that cannot load what it is given says so with 500, as if it were broken.
+        _asked(lambda: self.http.post(body, path), f"{self.http.place}{path}", advice, silent_step=advice)
 
     def _complete(self, request: Request) -> list[Sample]:
         body = {
@@ -114,14 +115,14 @@ def _served(http: HttpJson) -> list[str]:
         raise _unreadable(where, "no list of models") from error
 
 
-def _asked(request: Callable[[], bytes], where: str, advice: str) -> bytes:
+def _asked(request: Callable[[], bytes], where: str, advice: str, *, silent_step: str = _SILENT_STEP) -> bytes:
     """Make a request; say of one that failed where it went, and what may help where the server said no."""
     try:
         return request()
     except RefusedError as error:
         raise GeneratorError(f"{where}: {error}", next_step=advice) from error
     except SilentError as error:
-        raise GeneratorError(f"{where} {error}", next_step=_SILENT_STEP) from error
+        raise GeneratorError(f"{where} {error}", next_step=silent_step) from error
 
 
 def _sample(choice: Mapping[str, Any], request: Request, where: str) -> Sample:

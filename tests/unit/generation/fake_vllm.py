@@ -171,7 +171,10 @@ class Server:
     def _load(self, body: dict[str, str]) -> Reply:
         if body["lora_name"] in self.engine.adapters:
             raise ValueError(f"The lora adapter '{body['lora_name']}' has already been loaded.")
-        self.engine.load_adapter(body["lora_name"], body["lora_path"])
+        try:
+            self.engine.load_adapter(body["lora_name"], body["lora_path"])
+        except ValueError as error:  # what the engine says comes as if the server were broken
+            return 500, {"error": {"message": str(error), "type": "InternalServerError", "code": 500}}
         return 200, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
 
     def _unload(self, body: dict[str, str]) -> Reply:
@@ -230,6 +233,7 @@ class Package:
     """What a test sees of the package that stands for vLLM."""
 
     engines: list[Any] = field(default_factory=list)
+    is_on_cpu: bool = False
 
 
 def install(patch: pytest.MonkeyPatch) -> Package:
@@ -305,6 +309,7 @@ def install(patch: pytest.MonkeyPatch) -> Package:
     modules = {
         "vllm": {"LLM": LLM, "SamplingParams": SamplingParams},
         "vllm.inputs": {"TokensPrompt": dict},
+        "vllm.platforms": {"current_platform": types.SimpleNamespace(is_cpu=lambda: package.is_on_cpu)},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
     }

@@ -14,22 +14,17 @@ import torch
 from pydantic import ValidationError
 
 from pipeline_lib.errors import ConfigError, GeneratorError
-from pipeline_lib.generation import GENERATORS, open_generator
-from pipeline_lib.generation.contract import Generator, Policy
+from pipeline_lib.generation import GENERATORS
 from pipeline_lib.generation.handover import Handover, name_of
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.base import load_causal_model
-from pipeline_lib.models.sampling import Sample, SamplingSettings, sample
+from pipeline_lib.models.sampling import Sample, sample
 from pipeline_lib.models.settings import Ia3Settings, LoraSettings, PrefixSettings
 from pipeline_lib.training.generating import mismatch_nats, policy_for
-from pipeline_lib.training.trained_model import TrainedModel, prepare
-from tests.toy import LORA, byte_ids, settings, sharpen
+from tests.toy import sharpen
 from tests.unit.generation.fake_vllm import Package, Reply, Server, TinyEngine, install, serving
+from tests.unit.generation.policies import CHOSEN, END, PAD, PROMPTS, apart_from, drawn_by, fixed, move, opened, trained
 from tests.unit.generation.tiny_models import write_sharp_model
-
-PAD, END = 0, 2
-PROMPTS = [byte_ids(text) for text in ("a", "what is it?", "and then", "b")]
-CHOSEN = SamplingSettings(max_new_tokens=6, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +43,6 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Package:
     return install(monkeypatch)
 
 
-def fixed(directory: Path) -> Policy:
-    return Policy(directory, lambda: load_causal_model(directory, dtype=torch.float32))
-
-
-def trained(directory: Path, adapter: Any = LORA, *, moved_by: float = 0.0) -> TrainedModel:
-    chosen = settings(adapter=adapter)
-    found = prepare(load_causal_model(directory, dtype=torch.float32), directory, chosen, seed=1)
-    move(found, moved_by)
-    return found
-
-
-def move(model: TrainedModel, by: float) -> None:
-    """Change every trained weight a little."""
-    with torch.no_grad():
-        for number, parameter in enumerate(model.group("all", learning_rate=1.0).parameters.values()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.add_(by * noise)
-
-
-def opened(policy: Policy, spec: dict[str, Any]) -> Generator:
-    return open_generator(spec, policy, eos_id=END, pad_id=PAD)
-
-
-def drawn_by(generator: Generator, *, seed: int = 7, copies: int = 2, **changes: Any) -> list[Sample]:
-    chosen = CHOSEN.model_copy(update=changes)
-    return generator.generate(PROMPTS, chosen, seed=seed, samples_per_prompt=copies)
-
-
 def expected_of(model: Any, *, seed: int = 7, copies: int = 2) -> list[tuple[int, ...]]:
     """What the engine samples: each prompt from a seed of its own."""
     found = []
@@ -83,22 +50,6 @@ def expected_of(model: Any, *, seed: int = 7, copies: int = 2) -> list[tuple[int
         own = derive_seed(seed, "sample", index)
         found += sample(model, [prompt], CHOSEN, eos_id=END, pad_id=PAD, seed=own, samples_per_prompt=copies)
     return [one.ids for one in found]
-
-
-def apart_from(model: Any, samples: list[Sample], *, copies: int = 2) -> float:
-    """The mismatch as the trainer measures it."""
-    from pipeline_lib.models.logprobs import token_logps
-    from pipeline_lib.text.pack import pad
-    from tests.toy import short_tree
-
-    rows = []
-    for place, one in enumerate(samples):
-        tree = short_tree("row", PROMPTS[place // copies], list(one.ids))
-        with torch.no_grad():
-            rows.append(token_logps(model, pad([tree], pad_id=PAD)).token_logp_N)
-    found = mismatch_nats(samples, rows)
-    assert found is not None
-    return float(found)
 
 
 # Both ---------------------------------------------------------------------------------------------
@@ -387,6 +338,13 @@ def test_cached_prompts_are_dropped_with_the_weights(directory: Path, package: P
     move(policy, 0.001)
     generator.update(policy_for(policy))
     assert engine.num_resets == before + 1
+
+
+def test_weights_that_vllm_would_load_in_part_are_refused(directory: Path, package: Package) -> None:
+    package.is_on_cpu = True
+    opened(policy_for(trained(directory)), {"name": "vllm"})
+    with pytest.raises(GeneratorError, match="would keep the old output matrix"):
+        opened(policy_for(trained(directory, adapter=None)), {"name": "vllm"})
 
 
 def test_what_vllm_says_of_its_arguments_is_told(directory: Path, package: Package) -> None:
