@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,6 @@ from benchmarks.learns_methods import constant
 from benchmarks.learns_task import train
 from pipeline_lib.evaluation.stats import Bootstrap, difference_of_means, interval, mean
 from pipeline_lib.models.base import load_causal_model
-from pipeline_lib.models.shared_base import read_adapter
 from pipeline_lib.schema import Interval
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.recipes.ppo import PpoRecipe
@@ -56,20 +55,21 @@ class Training(Frozen):
     ppo_epochs: int = 2
     learning_rate: float = 5e-4
     kl_coef: float = 0.05
+    missing_eos: Literal["replace", "keep"] = "replace"
+    """Documentation is short, so an answer without an end counts as -1; of people's long answers hardly one ends."""
 
     def settings(self, plan: Preparation) -> PpoSettings:
         """Return PPO's settings; scores have deviation 1.
 
         Answers are short: no discount, and a value function that starts from 0, since what the reward model says of
-        half an answer is noise. Documentation is short too, so an answer without an end counts as -1; of people's long
-        ones hardly one ends.
+        half an answer is noise.
         """
         return PpoSettings(
             precision="fp32", tokens_per_batch=TOKENS_PER_BATCH, max_prompt_tokens=plan.max_prompt_tokens,
             max_new_tokens=plan.max_new_tokens, iterations=self.iterations, batch_size=self.rollouts,
             minibatches=self.minibatches, ppo_epochs=self.ppo_epochs, kl_coef=self.kl_coef, kl_target_nats=None,
             optimizer=constant(self.learning_rate), seed=plan.seed,
-            value_init="zero", gae_lambda=1.0, missing_eos="replace" if plan.kind == "documentation" else "keep",
+            value_init="zero", gae_lambda=1.0, missing_eos=self.missing_eos,
         )  # fmt: skip
 
 
@@ -139,13 +139,13 @@ def ppo_recipe(prepared: Prepared, settings: PpoSettings) -> PpoRecipe:
     """Return PPO from the start against the proxy."""
     start, proxy, heldout = prepared.start, prepared.proxy, prepared.heldout
     policy = prepare(load_causal_model(start, dtype=torch.float32), start, settings, seed=settings.seed)
-    stored = read_adapter(proxy.adapter)
-    assert stored is not None, "the proxy is kept as an adapter"
+    critic = Critic.on_policy(
+        policy, proxy.stored, proxy.normalization, seed=settings.seed + 1, value_init=settings.value_init
+    )
     return PpoRecipe(
-        policy, Reference.of(policy), Critic.on_policy(policy, stored, proxy.normalization, seed=settings.seed + 1),
-        prompt_trees(prepared.encoder, prepared.rows.policy), settings=settings, layout=prepared.layout,
-        chat=prepared.encoder.chat, should_stop=lambda: False, on_text=lambda _: None,
-        heldout=FrozenRewardModel(heldout.model, heldout.normalization, settings=settings),
+        policy, Reference.of(policy), critic, prompt_trees(prepared.encoder, prepared.rows.policy), settings=settings,
+        layout=prepared.layout, chat=prepared.encoder.chat, should_stop=lambda: False, on_text=lambda _: None,
+        heldout=FrozenRewardModel.on_policy(policy, heldout.stored, heldout.normalization),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from pipeline_lib.models.heads import head_of, init_head, load_scalar_model
 from pipeline_lib.models.sampling import SamplingSettings
 from pipeline_lib.models.scoring import Layout, response_scores
 from pipeline_lib.models.settings import LoraSettings
-from pipeline_lib.models.shared_base import write_adapter
+from pipeline_lib.models.shared_base import StoredAdapter, read_adapter, write_adapter
 from pipeline_lib.models.tiny import TINY_TEMPLATE
 from pipeline_lib.schema import Record
 from pipeline_lib.text.chat_template import ChatTokenizer
@@ -89,10 +89,9 @@ class Spent(Frozen):
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A reward model on disk: its adapter on the start, and merged."""
+    """A reward model, as an adapter on the start."""
 
-    adapter: Path
-    model: Path
+    stored: StoredAdapter
     normalization: Normalization
     test_accuracy_frac: float
     """Share of the other reward model's pairs that it orders right."""
@@ -142,10 +141,9 @@ def prepare_models(plan: Preparation, work: Path, *, rows_folder: Path) -> Prepa
     models = {}
     for name, other in (REWARD_MODELS, REWARD_MODELS[::-1]):
         about = piece(name, partial(maker.reward, start, trees, name, other))
-        models[name] = RewardModel(
-            root / name / "adapter", root / name / "model", Normalization(about["gain"], about["bias"]),
-            about["test_accuracy_frac"],
-        )  # fmt: skip
+        stored = read_adapter(root / name / "adapter")
+        assert stored is not None, "every reward model is kept as an adapter"
+        models[name] = RewardModel(stored, Normalization(about["gain"], about["bias"]), about["test_accuracy_frac"])
     return Prepared(maker.encoder, maker.layout, rows, start, models["proxy"], models["heldout"], spent)
 
 
@@ -266,13 +264,12 @@ def _trained(recipe: SftRecipe | RewardRecipe, settings: OfflineSettings) -> lis
 
 
 def _write(trained: TrainedModel, settings: OfflineSettings, place: Path) -> None:
-    """Write a reward model twice: as an adapter, which PPO puts on the policy's base, and merged."""
+    """Write a reward model as an adapter, which PPO puts on the policy's base."""
     assert isinstance(trained.adapter, PeftModel)
     assert isinstance(settings.adapter, LoraSettings)
     head_1D = head_of(trained.model).weight
     is_kept = write_adapter(trained.adapter, settings.adapter, head_1D, base_sha256={}, directory=place / "adapter")
     assert is_kept, "every adapted layer is of the backbone"
-    trained.save(place / "model")
 
 
 def _read_trees(path: Path) -> dict[str, list[Tree]]:
