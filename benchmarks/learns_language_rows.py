@@ -30,9 +30,9 @@ class Sizes(Frozen):
 
     sft: int = Field(72, ge=1)
     """Few, so that the start answers now as documentation does and now as a chat model: there is much to gain."""
-    reward: int = Field(64, ge=2)
+    reward: int = Field(120, ge=2)
     """Of each of the two reward models."""
-    test: int = Field(64, ge=2)
+    test: int = Field(96, ge=2)
     policy: int = Field(320, ge=2)
     """At most: what the others leave."""
 
