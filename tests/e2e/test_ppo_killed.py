@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.slow]
 SHARED: dict[str, Any] = {
     "iterations": 3, "batch_size": 4, "minibatches": 2, "max_new_tokens": 8, "precision": "fp32", "ema_decay": 0.9,
     "adapter": {"name": "lora", "rank": 4}, "max_prompt_tokens": 64, "tokens_per_batch": 64,
-    "optimizer": {"learning_rate": 1e-2},
+    "optimizer": {"learning_rate": 1e-2}, "breaker": {}, "heldout_reward_model": "other",
     "rewards": {
         "parts": [
             {"name": "reward_model", "normalize": "running", "clip": [-2, 2]},
@@ -38,8 +38,7 @@ SHARED: dict[str, Any] = {
     },
 }  # fmt: skip
 PPO: dict[str, Any] = {
-    **SHARED, "ppo_epochs": 1, "kl_target_nats": 0.5, "kl_horizon_responses": 20, "breaker": {},
-    "heldout_reward_model": "other",
+    **SHARED, "ppo_epochs": 1, "kl_target_nats": 0.5, "kl_horizon_responses": 20,
 }  # fmt: skip
 GRPO: dict[str, Any] = {**SHARED, "samples_per_prompt": 3, "missing_eos": "keep"}
 
@@ -76,9 +75,7 @@ class Place:
         }  # fmt: skip
 
     def run(self, config: PpoConfig | GrpoConfig) -> tuple[ArtifactRef, Recorder]:
-        inputs = dict(self.inputs)
-        if isinstance(config, PpoConfig):
-            inputs["heldout_reward_model"] = inputs["reward_model"]
+        inputs = {**self.inputs, "heldout_reward_model": self.inputs["reward_model"]}
         job = Job(
             stage=config.method, config=config.model_dump(mode="json"), inputs=inputs, storage=self.settings,
             home=self.home, checkpoint_every_s=0, threads=1,
