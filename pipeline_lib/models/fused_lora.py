@@ -39,7 +39,7 @@ class FusedLoraLinear(LoraLinear):
             by_parts: Tensor = super().forward(x, *args, **kwargs)
             return by_parts
         base = self.get_base_layer()
-        fused: Tensor = _FusedLora.apply(
+        fused: Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
             x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         )
         return fused

@@ -65,12 +65,13 @@ def test_trees_in_parts_equal_whole_trees(
     for worth in (0, 10**9):
         monkeypatch.setattr(visibility_module, "PAIRS_WORTH_A_PART", worth)
         visibility = visibility_of(pack(LONG))
-        drawn_here = [tensor.double().requires_grad_() for tensor in drawn(visibility, heads=2, prefix=prefix)]
+        query, key, value = (tensor.double().requires_grad_() for tensor in drawn(visibility, heads=2, prefix=prefix))
         output, _ = attention_of_trees(
-            nn.Identity(), *drawn_here, None, tree_masks=TreeMasks(visibility), sliding_window=window, softcap=softcap
-        )
+            nn.Identity(), query, key, value, None, tree_masks=TreeMasks(visibility), sliding_window=window,
+            softcap=softcap,
+        )  # fmt: skip
         output.square().sum().backward()
-        found[worth] = [output, *(tensor.grad for tensor in drawn_here)], len(visibility.parts)
+        found[worth] = [output, query.grad, key.grad, value.grad], len(visibility.parts)
     assert found[0][1] > found[10**9][1]
     for one, other in zip(found[0][0], found[10**9][0], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
