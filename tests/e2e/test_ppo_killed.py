@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline_lib.stages.rewards import pin_rewards
 from pipeline_lib.storage.s3 import S3Settings
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.validation import validate
+from tests.stage_bench import Told, commit
 from tests.toy import record, write_reward_model
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
@@ -43,23 +43,6 @@ PPO: dict[str, Any] = {
 GRPO: dict[str, Any] = {**SHARED, "samples_per_prompt": 3, "missing_eos": "keep"}
 
 
-class Recorder:
-    """Events of one stage run."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.texts: list[str] = []
-
-    def progress(self, fraction: float, text: str) -> None:
-        self.texts.append(text)
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.steps += [step] if any(name.endswith("/loss") for name in values) else []
-
-    def log(self, text: str) -> None:
-        self.texts.append(text)
-
-
 class Place:
     """A store with what the stages take, and stages run from it in children."""
 
@@ -67,21 +50,22 @@ class Place:
         self.settings, self.home = settings, home
         self.store = ArtifactStore(settings, cache_directory=home / "cache")
         self.inputs = {
-            name: self.store.commit(
-                material / name, kind=kind, stage=kind, stage_version=1, config={}, inputs={}, metrics={},
-                measurements={}, stage_key=None,
-            )
+            name: commit(self.store, material / name, kind)
             for name, kind in (("sft_model", "model"), ("reward_model", "reward_model"), ("dataset", "dataset"))
         }  # fmt: skip
 
-    def run(self, config: PpoConfig | GrpoConfig) -> tuple[ArtifactRef, Recorder]:
+    def run(self, config: PpoConfig | GrpoConfig) -> tuple[ArtifactRef, Told]:
         inputs = {**self.inputs, "heldout_reward_model": self.inputs["reward_model"]}
         job = Job(
             stage=config.method, config=config.model_dump(mode="json"), inputs=inputs, storage=self.settings,
             home=self.home, checkpoint_every_s=0, threads=1,
         )  # fmt: skip
-        recorder = Recorder()
-        return execute(job, store=self.store, events=recorder).ref, recorder
+        told = Told()
+        return execute(job, store=self.store, events=told).ref, told
+
+
+def steps_of(told: Told) -> list[int]:
+    return [step for step, figures in told.figures if any(name.endswith("/loss") for name in figures)]
 
 
 @pytest.fixture
@@ -111,13 +95,13 @@ def test_killed_children_leave_the_artifact_of_an_undisturbed_one(
         text = {"path": str(material / "text.jsonl"), "coef": 2.0, "rows_per_step": 1}
         chosen = validate(PpoConfig, {**PPO, "pretraining": text}, where="test")
     chosen = pin_pretraining(pin_rewards(chosen), open_places(quiet.store))
-    expected, recorder = quiet.run(chosen)
-    assert recorder.steps == list(range(6))
+    expected, told = quiet.run(chosen)
+    assert steps_of(told) == list(range(6))
     for point in ("step-0", "step-3", "before_commit"):
         monkeypatch.setenv(KILL_VARIABLE, f"{method}:{point}")
         with pytest.raises(MemoryLimitError, match="killed by signal 9"):
             killed.run(chosen)
     monkeypatch.delenv(KILL_VARIABLE)
-    ref, recorder = killed.run(chosen)
+    ref, told = killed.run(chosen)
     assert ref == expected, "weights, figures and samples, by their sha256"
-    assert recorder.steps == [5], "only the step after the last checkpoint is made again"
+    assert steps_of(told) == [5], "only the step after the last checkpoint is made again"

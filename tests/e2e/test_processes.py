@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +20,36 @@ from pipeline_lib.stages.places import open_places
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.storage.s3 import S3Settings
 from pipeline_lib.storage.store import ArtifactStore
+from tests.stage_bench import Told, commit
 from tests.toy import furthest
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
 
-class Silent:
-    """Events that nobody listens to."""
-
-    def progress(self, fraction: float, text: str) -> None: ...
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def log(self, text: str) -> None: ...
-
-
 class Place:
-    """A store under a prefix of its own, and the data set of the smoke preset in it."""
+    """A store under a prefix of its own, and the data set of the smoke preset in it: made, or that of another place."""
 
-    def __init__(self, settings: S3Settings, home: Path) -> None:
+    def __init__(self, settings: S3Settings, home: Path, like: Place | None = None) -> None:
         self.settings, self.home = settings, home
         self.store = ArtifactStore(settings, cache_directory=home / "cache")
         config = load(PRESETS / "smoke.yaml", RunConfig).value
+        self.config = config.sft
+        self.inputs = self.made(config) if like is None else {name: self.copied(like, name) for name in like.inputs}
+
+    def made(self, config: RunConfig) -> dict[str, ArtifactRef]:
         base = self.run("base_model", config.model, {})
         rows = self.run("collect", pin_sources(config.collect, open_places(self.store)), {})
-        data = self.run("filter", config.filter, {"rows": rows, "base_model": base})
-        self.inputs = {"base_model": base, "dataset": data}
-        self.config = config.sft
+        return {"base_model": base, "dataset": self.run("filter", config.filter, {"rows": rows, "base_model": base})}
+
+    def copied(self, other: Place, name: str) -> ArtifactRef:
+        ref, folder = other.inputs[name], self.home / name
+        other.store.fetch(ref, folder)
+        return commit(self.store, folder, ref.kind)
 
     def run(self, stage: str, config: object, inputs: dict[str, ArtifactRef], **how: Any) -> ArtifactRef:
         dumped = config.model_dump(mode="json")  # type: ignore[attr-defined]
         job = Job(stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, **how)
-        return execute(job, store=self.store, events=Silent()).ref
+        return execute(job, store=self.store, events=Told()).ref
 
     def losses(self, ref: ArtifactRef) -> list[float]:
         return [json.loads(line)["loss"] for line in self.store.read_lines(ref, "metrics.jsonl")]
@@ -66,10 +63,11 @@ class Place:
 def test_two_processes_train_as_one_and_a_lost_one_is_named(
     s3_server: S3Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hows: list[dict[str, Any]] = [{}, {"processes": 2}, {"processes": 2, "sharding": "full"}]
-    places = [
-        Place(s3_server.model_copy(update={"prefix": f"{tmp_path.name}-{n}"}), tmp_path / str(n)) for n in range(3)
-    ]
+    hows: list[dict[str, Any]] = [{"threads": 1}, {"processes": 2}, {"processes": 2, "sharding": "full"}]
+    places: list[Place] = []
+    for n in range(3):
+        settings = s3_server.model_copy(update={"prefix": f"{tmp_path.name}-{n}"})
+        places.append(Place(settings, tmp_path / str(n), like=places[0] if places else None))
     refs = [place.run("sft", place.config, place.inputs, **how) for place, how in zip(places, hows, strict=True)]
     losses = [place.losses(ref) for place, ref in zip(places, refs, strict=True)]
     weights = [place.weights(ref) for place, ref in zip(places, refs, strict=True)]
