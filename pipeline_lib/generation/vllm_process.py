@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig
 
@@ -32,6 +36,8 @@ class VllmProcess:
     lora: Any = None
     """The adapter that answers, as a `LoRARequest`; None: the model itself."""
     num_adapters: int = 0
+    watch: subprocess.Popen[bytes] | None = None
+    """Ends vLLM's own processes when this one is gone."""
 
     @classmethod
     def start(cls, settings: Vllm, policy: Policy) -> VllmProcess:
@@ -54,13 +60,15 @@ class VllmProcess:
             "logprobs_mode": "processed_logprobs", "enable_prefix_caching": True,
             **_lora_arguments(policy), **settings.engine,
         }  # fmt: skip
+        before = set(psutil.Process().children())
         try:
-            return cls(package.LLM(**arguments), package)
+            llm = package.LLM(**arguments)
         except (RuntimeError, ValueError, OSError, TypeError) as error:
             raise GeneratorError(
                 f"vLLM cannot load {policy.directory}: {_first_line(error)}",
                 next_step="correct generator.engine, e.g. a lower gpu_memory_utilization or max_model_len",
             ) from error
+        return cls(llm, package, watch=_watched(set(psutil.Process().children()) - before))
 
     def answer(self, requests: Sequence[Request], on_answer: Callable[[int], None]) -> list[list[Sample]]:
         """Answer every request; as many at once as `batch_size` says, so that a stop is noticed between."""
@@ -104,6 +112,16 @@ class VllmProcess:
             ) from error
         # What is cached of prompts was computed by the weights before.
         self.llm.reset_prefix_cache()
+
+
+def _watched(started: set[psutil.Process]) -> subprocess.Popen[bytes] | None:
+    """Have the processes that vLLM has started ended when this one is, and be it by SIGKILL."""
+    # Python's own helper, which every process of multiprocessing has, ends by itself and cleans up when it does.
+    engines = [str(one.pid) for one in started if not any("resource_tracker" in word for word in one.cmdline())]
+    if not engines:
+        return None
+    script = Path(__file__).with_name("vllm_watch.py")
+    return subprocess.Popen([sys.executable, str(script), *engines], stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _require_reloadable(version: Version) -> None:

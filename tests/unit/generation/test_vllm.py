@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline_lib.errors import ConfigError, GeneratorError
-from pipeline_lib.generation import GENERATORS
+from pipeline_lib.generation import GENERATORS, vllm_watch
 from pipeline_lib.generation.handover import Handover, name_of
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.base import load_causal_model
@@ -345,6 +348,15 @@ def test_weights_that_vllm_would_load_in_part_are_refused(directory: Path, packa
     opened(policy_for(trained(directory)), {"name": "vllm"})
     with pytest.raises(GeneratorError, match="would keep the old output matrix"):
         opened(policy_for(trained(directory, adapter=None)), {"name": "vllm"})
+
+
+def test_engines_end_with_whoever_started_them() -> None:
+    engine = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    watch = subprocess.Popen([sys.executable, vllm_watch.__file__, str(engine.pid)], stdin=subprocess.PIPE)
+    assert watch.stdin is not None
+    watch.stdin.close()  # as the system does for a process that is gone
+    assert engine.wait(timeout=60) == -signal.SIGKILL
+    assert watch.wait(timeout=60) == 0
 
 
 def test_what_vllm_says_of_its_arguments_is_told(directory: Path, package: Package) -> None:
