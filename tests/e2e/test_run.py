@@ -1,4 +1,7 @@
-"""The command line as a user runs it: killed, interrupted, gone on with, cached, explained."""
+"""The command line as a user runs it: killed, interrupted, gone on with, cached, in rounds, explained.
+
+All tests run in one home, as a user's commands do: what one has computed, the next ones find there.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,30 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import main
 from pipeline_lib.stages.faults import FLOW_VARIABLE, KILL_VARIABLE
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--set", "ppo.iterations=1"]
+QUIET = ["--set", "runtime.threads=1"]  # models this small only lose by more
+SMALL = [*QUIET, "--set", "ppo.iterations=1"]
+# Rounds whose candidate samples its own responses, the cheapest there is; no PPO, no baseline candidate.
+CANDIDATE = (
+    "{method: iterated_dpo, rounds: 1, batch_size: 8, max_prompt_tokens: 192, optimizer: {learning_rate: 1.0e-3}, "
+    "sampling: {prompts: 8, samples_per_prompt: 2, max_new_tokens: 8, missing_eos: keep}}"
+)
+ROUNDS = [
+    *QUIET, "--set", "ppo=null", "--set", "dpo=null", "--set", "iterate.start_from=last_candidate",
+    "--set", "iterate.retrain=[]", "--set", "promote.model_name=prefline-rounds",
+    "--set", f"candidates={{idpo: {CANDIDATE}}}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the embedded servers."""
+    return tmp_path_factory.mktemp("user") / "home"
 
 
 def start(home: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -27,8 +48,11 @@ def start(home: Path, *arguments: str, **environment: str) -> subprocess.Popen[s
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=280)
+def finish(process: subprocess.Popen[str], *, timeout_s: float = 600) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()  # one that hangs must not disturb the tests that follow in its home
     return process.returncode, out, err
 
 
@@ -36,10 +60,8 @@ def cached_stages(err: str) -> list[str]:
     return re.findall(r"^(\S+)\s+cached$", err, re.MULTILINE)
 
 
-@pytest.mark.timeout(900)
-def test_a_run_survives_kill_and_interrupt_and_a_second_run_is_cached(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-
+@pytest.mark.timeout(1200)
+def test_a_run_survives_kill_and_interrupt_and_a_second_run_is_cached(home: Path) -> None:
     # The machine goes down inside PPO: the flow dies first, then the child.
     killer = start(home, "run", "smoke", *SMALL, "--set", "runtime.checkpoint_every_s=0", **{
         KILL_VARIABLE: "ppo:step-1", FLOW_VARIABLE: "flow",
@@ -79,19 +101,44 @@ def test_a_run_survives_kill_and_interrupt_and_a_second_run_is_cached(tmp_path: 
     assert code == 0, out + err
 
 
-@pytest.mark.timeout(300)
-def test_sigterm_ends_a_run_with_a_message_and_its_exit_code(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    process = start(home, "run", "smoke", "--set", "sft.epochs=2000", "--set", "runtime.checkpoint_every_s=3600")
+@pytest.mark.timeout(1200)
+def test_two_rounds_and_a_third_that_finds_them_done(home: Path) -> None:
+    code, out, err = finish(start(home, "iterate", "smoke", "--rounds", "2", *ROUNDS))
+    assert code == 0, err
+    rounds = re.findall(r"idpo:round-1:preference\s+done in", err)
+    assert len(rounds) == 2, "each round trains a candidate of its own"
+    for stage in ("sft", "reward"):
+        asked_for = re.findall(rf"^{stage}\s+(?:done in|cached)", err, re.MULTILINE)
+        assert len(asked_for) == 1, "the second round starts from a model"
+    reports = {path.parent.name for path in (home / "reports").glob("*/report.html")}
+    assert reports - {"smoke"} == {"smoke-round-1", "smoke-round-2"}
+
+    code, again, err = finish(start(home, "iterate", "smoke", "--rounds", "2", *ROUNDS))
+    assert code == 0, err
+    assert again == out
+    assert cached_stages(err) == [], "finished rounds are not even looked up stage by stage"
+
+
+@pytest.mark.timeout(600)
+def test_sigterm_ends_a_run_with_a_message_and_its_exit_code(home: Path) -> None:
+    process = start(
+        home, "run", "smoke", *QUIET, "--set", "sft.epochs=2000", "--set", "runtime.checkpoint_every_s=3600"
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("sft"):
             break
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143, err
+    code, _, err = finish(process, timeout_s=280)
+    assert code == 143, err
     assert "checkpoint" in err
     assert "run the same command again" in err
+
+
+def test_an_error_of_a_process_names_cause_and_next_step(home: Path) -> None:
+    code, _, err = finish(start(home, "explain", "models:/nobody@champion"))
+    assert code == 41, err
+    assert_helps(err, "nobody@champion")
 
 
 @pytest.mark.parametrize(
@@ -101,17 +148,20 @@ def test_sigterm_ends_a_run_with_a_message_and_its_exit_code(tmp_path: Path) -> 
         (["run", "smoke", "--set", "sft.batch_sise=3"], 10, "did you mean 'sft.batch_size'|did you mean 'batch_size'"),
         (["run", "smoke", "--set", "sft.batch_size=0"], 10, "sft.batch_size"),
         (["show-config", "smoke", "--set", "dpo.loss={name: dop}"], 10, "did you mean 'dpo'"),
-        (["explain", "models:/nobody@champion"], 41, "nobody@champion"),
     ],
 )
-def test_errors_name_cause_and_next_step(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
-    keep_home = arguments[0] != "show-config"
-    process = start(tmp_path / "home", *arguments) if keep_home else subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    returned, _, err = finish(process)
-    assert returned == code, err
+def test_errors_name_cause_and_next_step(
+    arguments: list[str], code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")  # `main` sets it too: put back what was there
+    monkeypatch.setattr(sys, "argv", ["prefline", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert_helps(capsys.readouterr().err, words)
+
+
+def assert_helps(err: str, words: str) -> None:
     assert re.search(words, err)
     assert "next:" in err
     assert "Traceback" not in err

@@ -21,6 +21,7 @@ from pipeline_lib.stages.places import open_places
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.storage.s3 import S3Settings
 from pipeline_lib.storage.store import ArtifactStore
+from tests.stage_bench import Told
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
@@ -35,23 +36,6 @@ KILLS = {
 }
 
 
-class Recorder:
-    """Events of one stage run."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.texts: list[str] = []
-
-    def progress(self, fraction: float, text: str) -> None:
-        self.texts.append(text)
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.steps.append(step)
-
-    def log(self, text: str) -> None:
-        self.texts.append(text)
-
-
 class Line:
     """The stages of the smoke preset, one after another, in one store."""
 
@@ -64,28 +48,29 @@ class Line:
     def job(self, stage: str, config: object, inputs: dict[str, ArtifactRef]) -> Job:
         dumped = config.model_dump(mode="json")  # type: ignore[attr-defined]
         return Job(
-            stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, checkpoint_every_s=0
-        )
+            stage=stage, config=dumped, inputs=inputs, storage=self.settings, home=self.home, checkpoint_every_s=0,
+            threads=1,
+        )  # fmt: skip
 
     def run(self, stage: str, config: object, *, kills: list[str], **inputs: ArtifactRef) -> ArtifactRef:
         job = self.job(stage, config, inputs)
         for point in kills:
             self.monkeypatch.setenv(KILL_VARIABLE, f"{stage}:{point}")
             with pytest.raises(MemoryLimitError, match="killed by signal 9"):
-                execute(job, store=self.store, events=Recorder())
+                execute(job, store=self.store, events=Told())
             self.killed += 1
             self.monkeypatch.delenv(KILL_VARIABLE)
             if point == "after_commit":
-                assert execute(job, store=self.store, events=Recorder()).is_cached
+                assert execute(job, store=self.store, events=Told()).is_cached
                 return self.store.find(job.key)  # type: ignore[return-value]
-        recorder = Recorder()
-        outcome = execute(job, store=self.store, events=recorder)
+        told = Told()
+        outcome = execute(job, store=self.store, events=told)
         assert not outcome.is_cached
         if kills and kills[0].startswith("step-"):
             last = max(int(point.removeprefix("step-")) for point in kills if point.startswith("step-"))
             # The step at which it was killed had a checkpoint before it, and no step before that runs again.
-            assert recorder.steps == [] or min(recorder.steps) >= last
-            assert any("resumed from the checkpoint" in text for text in recorder.texts) or last == 0
+            assert min((step for step, _ in told.figures), default=last) >= last
+            assert any("resumed from the checkpoint" in text for text in told.texts) or last == 0
         return outcome.ref
 
     def run_all(self, kills: Mapping[str, list[str]]) -> dict[str, ArtifactRef]:
