@@ -61,7 +61,7 @@ class Preparation(Frozen):
     base: str = SMOLLM2
     kind: Kind = "documentation"
     sizes: Sizes = Sizes()
-    scale_samples: int = Field(32, ge=2)
+    scale_samples: int = Field(64, ge=2)
     """The start's answers on which both reward models get mean 0 and deviation 1."""
     max_prompt_tokens: int = 64
     max_new_tokens: int = 32

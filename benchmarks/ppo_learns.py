@@ -72,11 +72,7 @@ def main() -> None:
     chosen = parser.parse_args()
     parts = PARTS | {
         name: partial(
-            language,
-            work=chosen.work,
-            plan=Preparation(kind=kind),
-            rows_folder=chosen.hh,
-            training=Training(missing_eos="keep" if kind == "hh" else "replace"),
+            language, work=chosen.work, plan=Preparation(kind=kind), training=Training(), rows_folder=chosen.hh
         )
         for name, kind in LANGUAGE.items()
     }

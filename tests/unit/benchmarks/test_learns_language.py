@@ -106,9 +106,7 @@ def test_all_of_it_with_a_tiny_model_and_again_from_what_was_kept(tmp_path: Path
         base=TINY, sizes=Sizes(sft=4, reward=4, test=4, policy=6), scale_samples=4, max_prompt_tokens=32,
         max_new_tokens=6, reward_epochs=1,
     )  # fmt: skip
-    training = Training(
-        iterations=2, rollouts=4, minibatches=2, ppo_epochs=1, learning_rate=1e-3, missing_eos="keep"
-    )  # fmt: skip
+    training = Training(iterations=2, rollouts=4, minibatches=2, ppo_epochs=1, learning_rate=1e-3)
     first, second = (
         language(tmp_path, work=tmp_path / "work", plan=plan, training=training, rows_folder=tmp_path) for _ in range(2)
     )
