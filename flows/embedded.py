@@ -96,7 +96,7 @@ def _settings(prefect_home: Path) -> dict[str, str]:
 
 
 def pages_of(api_url: str) -> dict[str, str]:
-    """Return the setting by which a server's pages ask that server, on whatever port, and not Prefect's usual address."""
+    """Return the setting by which a server's pages ask that server, whatever its port, and not the usual address."""
     return {"PREFECT_SERVER_UI_API_URL": api_url}
 
 
