@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from pipeline_lib.generation.slots import LayerStates
+from pipeline_lib.models.attention import refuse_unknown
 
 SHARED_ATTENTION = "shared_prompts"
 """The name of this attention among those of transformers."""
@@ -94,9 +95,7 @@ def attention_to_both(
     Raises:
         NotImplementedError: The layer wants a bias or sinks.
     """
-    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"attention to shared prompts has no {unknown[0]}")
+    refuse_unknown(kwargs, attention="attention to shared prompts")
     step = shared_prompts
     prompt_key, prompt_value = step.prompts[int(module.layer_idx)]  # type: ignore[arg-type]  # a number, not a module
     (num_prompts, copies), heads = step.row_GK.shape, key.shape[1]

@@ -10,6 +10,7 @@ cost grows with what is seen and not with the squared row; on CUDA a block mask 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -160,9 +161,7 @@ def attention_of_trees(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return plain
-    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"attention over prompt trees has no {unknown[0]}")
+    refuse_unknown(kwargs, attention="attention over prompt trees")
     tree_masks = tree_masks.for_queries(query.shape[2])
     how: dict[str, Any] = {
         "window": _window(kwargs.get("sliding_window"), tree_masks.visibility), "scaling": scaling, "softcap": softcap,
@@ -170,6 +169,21 @@ def attention_of_trees(
     if query.is_cuda and dropout == 0.0:
         return _block_by_block(query, key, value, tree_masks, **how), None
     return _part_by_part(query, key, value, tree_masks, **how, dropout=dropout), None
+
+
+def refuse_unknown(kwargs: Mapping[str, Any], *, attention: str) -> None:
+    """Refuse a layer that wants what an attention of ours does not compute.
+
+    Args:
+        kwargs: What the layer says.
+        attention: Its name, for the error.
+
+    Raises:
+        NotImplementedError: The layer wants a bias or sinks.
+    """
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"{attention} has no {unknown[0]}")
 
 
 def _window(sliding_window: int | None, visibility: Visibility) -> int | None:
@@ -209,15 +223,14 @@ def _part_by_part(
     sizes = [part.size for part in parts]
     # Split, not slices: the backward of a split is one copy, that of each slice is the whole row.
     queries = query.split(sizes, dim=2)
-    (first_key, *keys), (first_value, *values) = (whole.split([prefix, *sizes], dim=2) for whole in (key, value))
+    # What is virtual comes first, so that a part's keys are at its index + 1.
+    keys, values = (whole.split([prefix, *sizes], dim=2) for whole in (key, value))
     outputs = []
     for index, (part, query_p, mask) in enumerate(zip(parts, queries, masks, strict=True)):
-        key_p, value_p = keys[index], values[index]
+        key_p, value_p = keys[index + 1], values[index + 1]
         if prefix or part.before:
-            seen = (*part.before, index)
-            virtual = bool(prefix)
-            key_p = torch.cat([first_key] * virtual + [keys[place] for place in seen], dim=2)
-            value_p = torch.cat([first_value] * virtual + [values[place] for place in seen], dim=2)
+            seen = (0, *(before + 1 for before in part.before), index + 1)
+            key_p, value_p = (torch.cat([split[place] for place in seen], dim=2) for split in (keys, values))
         outputs.append(_attend(query_p, key_p, value_p, mask, scaling, softcap, dropout))
     return torch.cat(outputs, dim=1)
 

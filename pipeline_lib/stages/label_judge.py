@@ -231,8 +231,9 @@ def _with_gold(path: Path, shown: Sequence[Shown], results: Sequence[Judged]) ->
     both: list[tuple[float, float]] = []
     for item, result in zip(items, results, strict=True):
         ranks = gold.get(item.key)
-        for pair in result.pairs if ranks is not None else ():
-            outcome = pair.outcome
-            if outcome is not None and ranks is not None:
-                both.append((outcome, preferred(-ranks[pair.first], -ranks[pair.second])))
+        if ranks is None:
+            continue
+        for pair in result.pairs:
+            if pair.outcome is not None:
+                both.append((pair.outcome, preferred(-ranks[pair.first], -ranks[pair.second])))
     return agreement(both).figures()

@@ -8,7 +8,6 @@ Source: Ouyang et al. 2022 (arXiv 2203.02155), appendix C.1.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,27 +18,21 @@ from transformers import PreTrainedModel
 from pipeline_lib.errors import DataError
 from pipeline_lib.hashing import derive_seed
 from pipeline_lib.models.adapters import in_evaluation_mode
-from pipeline_lib.models.heads import load_scalar_model
-from pipeline_lib.models.precision import default_device
 from pipeline_lib.models.sampling import SamplingSettings, sample
-from pipeline_lib.models.scoring import Layout, response_scores
-from pipeline_lib.models.trees import supports_trees
+from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
-from pipeline_lib.training.critic import Normalization
+from pipeline_lib.training.critic import FrozenRewardModel, Normalization
+from pipeline_lib.training.measuring import scores_in_order
 from pipeline_lib.training.plan import permutation
 from pipeline_lib.training.settings import SelectionSettings, TrainingSettings
-from pipeline_lib.training.trained_model import dtype_for
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class AnswerScore:
     """A frozen reward model and the prompts that a model under training answers for it."""
 
-    reward_model: PreTrainedModel
-    normalization: Normalization
+    reward_model: FrozenRewardModel
     prompts: tuple[Tree, ...]
     """Without responses."""
     settings: SelectionSettings
@@ -68,14 +61,13 @@ class AnswerScore:
             training: Precision, token budget and seed.
             chat: The tokenizer, which must be the reward model's too.
         """
-        model = load_scalar_model(directory, dtype=dtype_for(training)).to(default_device()).eval()
-        layout = Layout(supports_trees(model), chat.pad_id, training.tokens_per_batch)
+        reward_model = FrozenRewardModel(directory, normalization, settings=training)
+        layout = Layout(reward_model.is_packed, chat.pad_id, training.tokens_per_batch)
         distinct = list({tree.prompt_ids: tree for tree in held_out}.values())
         chosen = permutation(len(distinct), training.seed, "selection")[: selection.prompts]
         prompts = tuple(replace(distinct[index], response_ids=()) for index in sorted(chosen))
-        frozen = model.requires_grad_(requires_grad=False)
         seed = derive_seed(training.seed, "selection answers")
-        return cls(frozen, normalization, prompts, selection, layout, chat.eos_id, seed)
+        return cls(reward_model, prompts, selection, layout, chat.eos_id, seed)
 
     def of(self, policy: PreTrainedModel) -> float:
         """Let a model answer the prompts and return the mean score, normalised.
@@ -93,12 +85,17 @@ class AnswerScore:
                 eos_id=self.eos_id, pad_id=self.layout.pad_id, seed=self.seed,
             )  # fmt: skip
         trees = [replace(tree, response_ids=(answer.ids,)) for tree, answer in zip(self.prompts, answers, strict=True)]
-        scores = {name: row[0] for name, row in response_scores(self.reward_model, trees, self.layout).items()}
-        broken = [name[:12] for name, score in scores.items() if not math.isfinite(score)]
+        # The mean is taken of raw scores, in double precision, and normalised then.
+        scores = scores_in_order(
+            self.reward_model, trees, self.layout, device=self.reward_model.model.device, should_stop=lambda: False,
+            is_raw=True,
+        ).tolist()  # fmt: skip
+        broken = [tree.record_id[:12] for tree, score in zip(trees, scores, strict=True) if not math.isfinite(score)]
         if broken:
             raise DataError(
                 f"the reward model of sft.select_by gave {len(broken)} answers no finite score; rows: "
                 f"{', '.join(broken[:8])}",
                 next_step="choose another reward model, or set precision: fp32",
             )
-        return self.normalization.gain * math.fsum(scores.values()) / len(scores) + self.normalization.bias
+        scale = self.reward_model.normalization
+        return scale.gain * math.fsum(scores) / len(scores) + scale.bias

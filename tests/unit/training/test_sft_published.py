@@ -50,7 +50,7 @@ def selection(reward_directory: Path, chosen: OfflineSettings, **changes: Any) -
         reward_directory, NORMALIZATION, DataPlan.of(DEMONSTRATIONS, chosen).held_out,
         selection=SelectionSettings(**values), training=chosen, chat=chat(),
     )  # fmt: skip
-    sharpen(found.reward_model, 3.0)
+    sharpen(found.reward_model.model, 3.0)
     return found
 
 
@@ -146,8 +146,8 @@ def test_the_score_is_the_reward_models_of_the_models_own_answers(directory: Pat
     for tree, answer in zip(judge.prompts, answers, strict=True):
         whole = torch.tensor([[*tree.prompt_ids, *answer.ids]])
         with torch.no_grad():  # transformers' own way to a score
-            hidden = judge.reward_model.base_model(whole).last_hidden_state[0, -1]
-            scores.append(2.0 * float(head_of(judge.reward_model)(hidden)) + 0.5)
+            hidden = judge.reward_model.model.base_model(whole).last_hidden_state[0, -1]
+            scores.append(2.0 * float(head_of(judge.reward_model.model)(hidden)) + 0.5)
     assert len(set(scores)) > 1
     found = recipe.held_out_score()
     assert found == pytest.approx(sum(scores) / len(scores), abs=1e-4)
@@ -191,7 +191,7 @@ def test_scores_that_are_no_numbers_are_named(directory: Path, reward_directory:
     chosen = settings(batch_size=3, early_stopping=HELD_OUT)
     judge = selection(reward_directory, chosen)
     with torch.no_grad():
-        head_of(judge.reward_model).weight.fill_(float("nan"))
+        head_of(judge.reward_model.model).weight.fill_(float("nan"))
     with pytest.raises(DataError, match="gave 3 answers no finite score; rows: "):
         recipe_of(directory, chosen, selection=judge).held_out_score()
 
