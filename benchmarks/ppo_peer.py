@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the chosen presets, and write their results and the section of all results there are."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ppo_peer", description=__doc__)
-    parser.add_argument("--presets", nargs="*", choices=list(PRESETS), default=["smollm2", "toy"])
+    parser.add_argument("--presets", nargs="*", choices=list(PRESETS), default=["smollm2-ends", "smollm2", "toy"])
     parser.add_argument("--runs", type=int, help="paired runs")
     parser.add_argument("--iterations", type=int, help="rounds of sampling and updating, the first untimed")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -64,7 +64,11 @@ COMMON_WORDS = ("the", "of", "and", "to", "in", "is", "a", "for")
 PRESETS: dict[str, PpoPreset] = {
     "smollm2": PpoPreset(
         model="smollm2", trainable="lora", iterations=5, batch_size=16, minibatches=2, ppo_epochs=4, new_tokens=32,
-        stops_at_eos=False, learning_rate=2e-4, kl_coef=0.05, wanted=COMMON_WORDS, runs=3,
+        stops_at_eos=False, learning_rate=2e-4, kl_coef=0.05, wanted=COMMON_WORDS, runs=3, tokens_per_batch=1536,
+    ),
+    "smollm2-ends": PpoPreset(
+        model="smollm2", trainable="lora", iterations=5, batch_size=16, minibatches=2, ppo_epochs=4, new_tokens=128,
+        stops_at_eos=True, learning_rate=2e-4, kl_coef=0.05, wanted=COMMON_WORDS, runs=3, tokens_per_batch=1536,
     ),
     "smollm2-full": PpoPreset(
         model="smollm2", trainable="full", iterations=3, batch_size=16, minibatches=2, ppo_epochs=4, new_tokens=32,

@@ -122,5 +122,7 @@ def _attend(
     score = score.to(torch.promote_types(score.dtype, torch.float32))
     if hidden is not None:
         score = score + hidden
-    log_sum = score.logsumexp(-1, keepdim=True)
-    return (score - log_sum).exp_().to(value.dtype) @ value, log_sum
+    weight = score.softmax(-1)
+    # The largest weight is exp(largest score - log sum): two maxima are cheaper than a second exponential.
+    log_sum = score.amax(-1, keepdim=True) - weight.amax(-1, keepdim=True).log()
+    return weight.to(value.dtype) @ value, log_sum

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline_lib.generation.prefill import Prefiller, group_size
 from pipeline_lib.generation.prompt_slots import PromptSlots
 from pipeline_lib.hashing import derive_seed
+from pipeline_lib.models.logprobs import logits_of
 from pipeline_lib.models.sampling import Sample, SamplingSettings, common_prefix, draw_tokens
 
 _REFILLED_SHARE = 8
@@ -167,8 +168,8 @@ def next_logits(model: PreTrainedModel, slots: PromptSlots, rows: Sequence[Row])
     input_B1 = torch.tensor([[row.ids[-1]] for row in rows], device=model.device)
     position_B1 = torch.tensor([[row.columns - num_virtual] for row in rows], device=model.device)
     with slots.attending(model):
-        output = model(input_ids=input_B1, position_ids=position_B1, use_cache=True, logits_to_keep=1, **inputs)
+        backbone: nn.Module = model.base_model
+        output = backbone(input_ids=input_B1, position_ids=position_B1, use_cache=True, **inputs)
     for row in rows:
         row.columns += 1
-    logits_BV: Tensor = output.logits[:, -1].float().cpu()
-    return logits_BV
+    return logits_of(model, output.last_hidden_state)[:, -1].float().cpu()

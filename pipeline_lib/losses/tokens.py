@@ -6,6 +6,7 @@ Legend: N tokens, D width, V vocabulary, C tokens of a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,15 +160,71 @@ def full_kl_from_hidden(
     how, ref_how = (LogitsFrom(chunk_tokens, temperature, cap) for cap in (softcap, ref_softcap))
     _check(hidden_ND, head_weight_VD, head_bias_V, how)
     _check(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, ref_how)
-    if hidden_ND.shape[0] != ref_hidden_ND.shape[0] or head_weight_VD.shape[0] != ref_head_weight_VD.shape[0]:
-        raise ValueError(
-            f"policy and reference must have as many tokens and words: {hidden_ND.shape[0]} and "
-            f"{ref_hidden_ND.shape[0]} tokens, {head_weight_VD.shape[0]} and {ref_head_weight_VD.shape[0]} words"
-        )
+    _check_alike(hidden_ND, head_weight_VD, ref_hidden_ND, ref_head_weight_VD)
     with torch.no_grad():
         reference = ChunkedHead(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, ref_how)
     kl_N, _ = per_token(hidden_ND, head_weight_VD, head_bias_V, _FullKl(reference, ref_hidden_ND.detach()), how)
     return kl_N
+
+
+@dataclass(frozen=True)
+class HeadStates:
+    """A model's last hidden states at the positions that predict tokens, and what makes logits of them."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    """The model's cap on its logits, where it has one."""
+
+
+class Compared(NamedTuple):
+    """What two models say of tokens, `(N,)` each, nats, float32 or float64, without gradient."""
+
+    logp_N: Tensor
+    """Log-probability of each label under the policy."""
+    entropy_N: Tensor
+    """Of the policy's distribution."""
+    ref_logp_N: Tensor
+    full_kl_N: Tensor
+    """KL(policy || reference) = sum_v p_v (log p_v - log q_v)."""
+
+
+@torch.no_grad()
+def compare_from_hidden(
+    policy: HeadStates, reference: HeadStates, labels_N: Tensor, *, chunk_tokens: int, temperature: float = 1.0
+) -> Compared:
+    """Measure sampled tokens under policy and reference, the logits of each computed once, in chunks.
+
+    The numbers are those of `token_logps_from_hidden` and `full_kl_from_hidden`.
+
+    Args:
+        policy: Whose samples the labels are.
+        reference: What the KL is measured from; its vocabulary is the policy's.
+        labels_N: Token ids, 0 to V - 1.
+        chunk_tokens: C.
+        temperature: Divides both models' logits.
+
+    Raises:
+        ValueError: The shapes do not fit, or the temperature, a cap or the chunk is not above 0.
+    """
+    how, ref_how = (LogitsFrom(chunk_tokens, temperature, model.softcap) for model in (policy, reference))
+    for model, its_how in ((policy, how), (reference, ref_how)):
+        _check(model.hidden_ND, model.weight_VD, model.bias_V, its_how, labels_N=labels_N)
+    _check_alike(policy.hidden_ND, policy.weight_VD, reference.hidden_ND, reference.weight_VD)
+    head = ChunkedHead(policy.hidden_ND, policy.weight_VD, policy.bias_V, how)
+    ref_head = ChunkedHead(reference.hidden_ND, reference.weight_VD, reference.bias_V, ref_how)
+    rows = [policy.hidden_ND.new_empty((0, 4), dtype=torch.promote_types(policy.hidden_ND.dtype, torch.float32))]
+    for part in head.parts(policy.hidden_ND.shape[0]):
+        logits_CV, ref_logits_CV = head.logits(policy.hidden_ND[part]), ref_head.logits(reference.hidden_ND[part])
+        prob_CV, normalizer_C = head.softmax(logits_CV)
+        _, ref_normalizer_C = ref_head.softmax(ref_logits_CV)
+        logp_CV, ref_logp_CV = logits_CV.sub_(normalizer_C[:, None]), ref_logits_CV.sub_(ref_normalizer_C[:, None])
+        of_label = [each.gather(1, labels_N[part, None]).squeeze(1) for each in (logp_CV, ref_logp_CV)]
+        entropy_C = -torch.linalg.vecdot(prob_CV, logp_CV)
+        full_kl_C = torch.linalg.vecdot(prob_CV, ref_logp_CV.sub_(logp_CV).neg_())
+        rows.append(torch.stack([of_label[0], entropy_C, of_label[1], full_kl_C], 1))
+    return Compared(*torch.cat(rows).unbind(1))
 
 
 @dataclass(frozen=True)
@@ -231,6 +288,14 @@ def _check(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: Log
     if not how.temperature > 0 or how.chunk_tokens < 1 or not (how.softcap is None or how.softcap > 0):
         capped = "" if how.softcap is None else f", softcap {how.softcap}"
         raise ValueError(f"temperature {how.temperature}{capped} and chunk_tokens {how.chunk_tokens} must be above 0")
+
+
+def _check_alike(hidden_ND: Tensor, weight_VD: Tensor, ref_hidden_ND: Tensor, ref_weight_VD: Tensor) -> None:
+    if hidden_ND.shape[0] != ref_hidden_ND.shape[0] or weight_VD.shape[0] != ref_weight_VD.shape[0]:
+        raise ValueError(
+            f"policy and reference must have as many tokens and words: {hidden_ND.shape[0]} and "
+            f"{ref_hidden_ND.shape[0]} tokens, {weight_VD.shape[0]} and {ref_weight_VD.shape[0]} words"
+        )
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

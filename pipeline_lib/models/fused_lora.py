@@ -2,8 +2,8 @@
 
 peft computes `y + scaling * B(A(x))` by parts: two products, a multiplication and a sum, each as
 large as the layer's output, again in the backward pass; over a bf16 model it first makes an fp32
-copy of every layer's input, which stays in memory until the backward pass. Here the scaling goes on
-B, which is small, and products add into what is there.
+copy of every layer's input, which stays in memory until the backward pass. Here the products scale
+and add into what is there.
 
 Legend: N tokens, D inputs, E outputs, R rank.
 """
@@ -17,12 +17,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from pipeline_lib.models.few_rows import linear
+
 
 def fuse_lora(model: nn.Module) -> None:
     """Let every LoRA layer of a model take the one operation wherever it applies; results stay the same.
 
-    Where something else is in the layer (several adapters at once, dropout, DoRA, hooks, quantised
-    weights, GPT-2's transposed layers) it goes peft's way as before.
+    Where something else is in the layer (dropout, DoRA, hooks, quantised weights, GPT-2's transposed
+    layers) it goes peft's way as before.
     """
     for module in model.modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
@@ -34,37 +36,63 @@ class FusedLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `x W^T + bias + scaling * x A^T B^T`, `(…, E)` for `(…, D)`."""
-        name = None if args or kwargs else self._lone_adapter()
-        if name is None:
+        names = () if args or kwargs else self._plain_adapters()
+        if not names:
             by_parts: Tensor = super().forward(x, *args, **kwargs)
             return by_parts
         base = self.get_base_layer()
-        fused: Tensor = _FusedLora.apply(  # type: ignore[no-untyped-call]
-            x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )
+        assert isinstance(base, nn.Linear)
+        parts = (x, base.weight, base.bias, *self._joined(names))
+        if not torch.is_grad_enabled():
+            return _product(*parts)[0]
+        fused: Tensor = _FusedLora.apply(*parts)  # type: ignore[no-untyped-call]
         return fused
 
-    def _lone_adapter(self) -> str | None:
-        """Return the only adapter that speaks, None where the layer is more than base plus LoRA."""
+    def _joined(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, float]:
+        """Return A, B and the scaling of one adapter that says what all of these say together."""
+        if len(names) == 1:
+            return *self._matrices(names[0]), self.scaling[names[0]]
+        each = {name: self._matrices(name) for name in names}
+        a_RD = torch.cat([down for down, _ in each.values()])
+        return a_RD, torch.cat([up * self.scaling[name] for name, (_, up) in each.items()], 1), 1.0
+
+    def _matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(down, Tensor)
+        assert isinstance(up, Tensor)
+        return down, up
+
+    def _plain_adapters(self) -> tuple[str, ...]:
+        """Return the adapters that speak, none where the layer is more than base plus LoRA."""
         if self.disable_adapters or self.merged:
-            return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or names[0] in self.lora_variant:
-            return None
-        name = names[0]
-        dropout = self.lora_dropout[name]
+            return ()
+        names = tuple(name for name in self.active_adapters if name in self.lora_A)
+        base = self.get_base_layer()
+        is_plain = _is_plain(base) and not any(value.requires_grad for value in base.parameters())
+        return names if is_plain and all(map(self._is_plain_adapter, names)) else ()
+
+    def _is_plain_adapter(self, name: str) -> bool:
+        dropout, down, up = self.lora_dropout[name], self.lora_A[name], self.lora_B[name]
         has_dropout = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-        parts = (self.get_base_layer(), self.lora_A[name], self.lora_B[name])
-        is_plain = all(type(part) is nn.Linear and not _has_hooks(part) for part in parts)
-        is_frozen = not any(value.requires_grad for value in parts[0].parameters())
-        has_bias = self.lora_B[name].bias is not None
-        return name if is_plain and is_frozen and not has_dropout and not has_bias else None
+        return (
+            name not in self.lora_variant and not has_dropout and up.bias is None and _is_plain(down) and _is_plain(up)
+        )
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and not any(hooks)
+
+
+def _product(
+    x: Tensor, weight_ED: Tensor, bias_E: Tensor | None, a_RD: Tensor, b_ER: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return `x W^T + bias + (x A^T)(s B)^T` in the shape of `x`, and `x A^T`, `(N, R)`."""
+    low_NR = x.reshape(-1, x.shape[-1]) @ a_RD.to(x.dtype).t()
+    y = linear(x, weight_ED, bias_E)
+    y.view(-1, y.shape[-1]).addmm_(low_NR, b_ER.to(x.dtype).t(), alpha=scaling)
+    return y, low_NR
 
 
 class _FusedLora(torch.autograd.Function):
@@ -79,13 +107,10 @@ class _FusedLora(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, weight_ED: Tensor, bias_E: Tensor | None, a_RD: Tensor, b_ER: Tensor,
         scaling: float,
     ) -> Tensor:  # fmt: skip
-        x_ND = x.reshape(-1, x.shape[-1])
-        low_NR = x_ND @ a_RD.to(x.dtype).t()
-        y_NE = nn.functional.linear(x_ND, weight_ED, bias_E)
-        y_NE.addmm_(low_NR, _scaled(b_ER, scaling, x.dtype).t())
-        ctx.save_for_backward(x_ND, weight_ED, a_RD, b_ER, low_NR)
+        y, low_NR = _product(x, weight_ED, bias_E, a_RD, b_ER, scaling)
+        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), weight_ED, a_RD, b_ER, low_NR)
         ctx.scaling, ctx.shape = scaling, x.shape  # type: ignore[attr-defined]
-        return y_NE.view(*x.shape[:-1], weight_ED.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -93,7 +118,7 @@ class _FusedLora(torch.autograd.Function):
         x_ND, weight_ED, a_RD, b_ER, low_NR = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         grad_NE = grad.reshape(-1, grad.shape[-1])
-        grad_low_NR = grad_NE @ _scaled(b_ER, ctx.scaling, grad.dtype)
+        grad_low_NR = (grad_NE @ b_ER.to(grad.dtype)).mul_(ctx.scaling)
         dx = da_RD = db_ER = None
         if wants_x:
             dx_ND = grad_NE @ weight_ED
@@ -103,8 +128,3 @@ class _FusedLora(torch.autograd.Function):
         if wants_b:
             db_ER = (grad_NE.t() @ low_NR).to(b_ER.dtype).mul_(ctx.scaling)
         return dx, None, None, da_RD, db_ER, None
-
-
-def _scaled(b_ER: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return B times the scaling, in the format of the product it goes into."""
-    return (b_ER * scaling).to(dtype)

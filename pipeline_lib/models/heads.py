@@ -53,4 +53,4 @@ def scalar_at(hidden_PD: Tensor, head_weight_1D: Tensor, positions: Tensor) -> T
 
 def scores(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
     """Score each response of a batch at its last token, `(R,)`, raw: not normalised."""
-    return scalar_at(hidden_states(model, batch), head_of(model).weight, batch.last_R)
+    return scalar_at(hidden_states(model, batch, read=batch.last_R), head_of(model).weight, batch.last_R)

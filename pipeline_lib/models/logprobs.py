@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.losses.tokens import token_logps_from_hidden
 from pipeline_lib.models.backbone import hidden_states
+from pipeline_lib.models.few_rows import linear
 from pipeline_lib.text.pack import TreeBatch
 
 HEAD_CHUNK_TOKENS = 256
@@ -42,7 +43,9 @@ def logit_cap(model: PreTrainedModel) -> float | None:
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return the logits `(..., V)` that a model makes of hidden states `(..., D)`: scaled, and capped, as it does."""
-    logits: Tensor = model.get_output_embeddings()(hidden) * logit_scale(model)
+    head = model.get_output_embeddings()
+    logits = linear(hidden, head.weight, head.bias) if type(head) is nn.Linear else head(hidden)
+    logits = logits * logit_scale(model)
     cap = logit_cap(model)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -75,7 +78,7 @@ def predicting_states(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
 
     They are the hidden states at `source_N`, with the scale that the model gives its logits.
     """
-    hidden_ND = hidden_states(model, batch)[batch.source_N]
+    hidden_ND = hidden_states(model, batch, read=batch.source_N)[batch.source_N]
     scale = logit_scale(model)
     return hidden_ND if scale == 1.0 else hidden_ND * scale
 

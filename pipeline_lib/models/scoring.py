@@ -14,7 +14,7 @@ from pipeline_lib.models.heads import scores
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.text.encode import Tree
-from pipeline_lib.text.pack import TreeBatch, bins, pack, pad
+from pipeline_lib.text.pack import TreeBatch, bins, pack, pad, trunk_length
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Layout:
 
     def batches(self, trees: Sequence[Tree]) -> list[TreeBatch]:
         """Lay trees out in as few forwards as the token budget allows."""
+        shared = trunk_length(trees) if self.is_packed else 0
         return [
             self._batch([trees[index] for index in members])
-            for members in bins(trees, token_budget=self.tokens_per_batch)
+            for members in bins(trees, token_budget=self.tokens_per_batch, shared=shared)
         ]
 
     def _batch(self, trees: list[Tree]) -> TreeBatch:

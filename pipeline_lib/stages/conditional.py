@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder
     from pipeline_lib.text.hindsight import HindsightEncoder
 
-VERSION = 2
+VERSION = 3
 
 
 class ConditionalConfig(OfflineSettings):
@@ -69,19 +69,9 @@ def run(config: ConditionalConfig, inputs: Inputs, context: StageContext) -> Sta
         pretraining=load_pretraining(config.pretraining, encoder.chat, context, seed=config.seed),
     )  # fmt: skip
     series = stage.train(recipe, config, context, metric_prefix="conditional")
-    policy.save(context.workdir / "model")
+    facts = {"dtype": str(dtype), "conditioning": config.conditioning.name, "rows": len(recipe.plan.trees)}
+    metrics = stage.write_supervised(policy, series, conditioned.chat, context, facts)
     conditioned.chat.write_template(context.workdir / "model")
-    facts = {
-        "dtype": str(dtype),
-        "template_sha256": conditioned.chat.template_sha256,
-        "conditioning": config.conditioning.name,
-        "rows": len(recipe.plan.trees),
-    }
-    stage.write_facts(context.workdir, facts)
-    metrics = {
-        "first_nll_per_token_nats": series[0]["nll_per_token_nats"],
-        "last_nll_per_token_nats": stage.tail_mean(series, "nll_per_token_nats"),
-    }
     return StageOutput("model", context.workdir, dict(metrics))
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.chat_template import ChatTokenizer
     from pipeline_lib.text.encode import Tree
 
-VERSION = 2
+VERSION = 3
 
 
 class EvaluateConfig(Frozen):
@@ -134,7 +134,7 @@ def _figures(
         del reference_model
     context.progress(0.9, "scoring with the reward model")
     directory = stage.fetch_model(context, inputs["reward_model"], "reward_model")
-    scale = stage.read_json(directory.parent / "normalization.json")
+    normalization = stage.normalization_of(directory)
     reward_model = load_scalar_model(directory, dtype=model.dtype).to(model.device).eval()
     scored = response_scores(reward_model, _as_asked(directory, records, samples, config), layout)
     figures: dict[str, dict[str, float]] = {}
@@ -142,7 +142,7 @@ def _figures(
         key = tree.record_id
         figures[key] = {
             "logp": own[key][-1], "reference_logp": reference[key][0],
-            "score": scored[key][0] * scale["gain"] + scale["bias"],
+            "score": normalization(scored[key][0]),
         }  # fmt: skip
         if tree.response_ids:
             figures[key] |= {"nll": -own[key][0], "reference_tokens": float(len(tree.response_ids[0]))}

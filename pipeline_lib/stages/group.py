@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Literal
 
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
-from pipeline_lib.stages.names import Name
-from pipeline_lib.stages.reward_models import MAIN, open_heldout, open_reward_model, require_held_out
+from pipeline_lib.stages.reward_models import MAIN, ScoredSettings, open_heldout, open_reward_model
 from pipeline_lib.stages.rewards import open_scorer
 from pipeline_lib.training.group_settings import GrpoSettings, RlooSettings
-from pipeline_lib.training.reward_set import MAIN_REWARD_MODEL, RewardSet
+from pipeline_lib.training.reward_set import MAIN_REWARD_MODEL
 
 if TYPE_CHECKING:
     from pipeline_lib.models.scoring import Layout
@@ -21,39 +18,21 @@ if TYPE_CHECKING:
     from pipeline_lib.training.reference import Reference
     from pipeline_lib.training.sampling_rollouts import GroupScorer
 
-VERSION = 3
+VERSION = 4
 
 
-class RlooConfig(RlooSettings):
+class RlooConfig(RlooSettings, ScoredSettings):
     """REINFORCE with a leave-one-out baseline (RLOO) on the prompts of the policy split."""
 
     method: Literal["rloo"] = "rloo"
     """The method of this candidate."""
-    heldout_reward_model: Name | None = Field(None, title="Held-out reward model")
-    """One of `reward_models` that measures every iteration and is not trained against; null: none."""
-    rewards: RewardSet | None = None
-    """Where scores come from, as a weighted sum; null: the reward model alone."""
-
-    @model_validator(mode="after")
-    def _heldout_is_held_out(self) -> Self:
-        require_held_out(self)
-        return self
 
 
-class GrpoConfig(GrpoSettings):
+class GrpoConfig(GrpoSettings, ScoredSettings):
     """Group relative policy optimisation (GRPO) on the prompts of the policy split."""
 
     method: Literal["grpo"] = "grpo"
     """The method of this candidate."""
-    heldout_reward_model: Name | None = Field(None, title="Held-out reward model")
-    """One of `reward_models` that measures every iteration and is not trained against; null: none."""
-    rewards: RewardSet | None = None
-    """Where scores come from, as a weighted sum; null: the reward model alone."""
-
-    @model_validator(mode="after")
-    def _heldout_is_held_out(self) -> Self:
-        require_held_out(self)
-        return self
 
 
 def run(config: RlooConfig | GrpoConfig, inputs: Inputs, context: StageContext) -> StageOutput:

@@ -5,42 +5,30 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Literal
 
 from pipeline_lib.schema import Record, Split
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
 from pipeline_lib.stages.names import Name
 from pipeline_lib.stages.pretraining import load_pretraining
-from pipeline_lib.stages.reward_models import open_critic, open_heldout, require_held_out
+from pipeline_lib.stages.reward_models import ScoredSettings, open_critic, open_heldout
 from pipeline_lib.stages.rewards import open_scorer
 from pipeline_lib.text.cropping import cropped
-from pipeline_lib.training.reward_set import RewardSet
 from pipeline_lib.training.settings import PpoSettings
 
 if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder
 
-VERSION = 3
+VERSION = 4
 
 
-class PpoConfig(PpoSettings):
+class PpoConfig(PpoSettings, ScoredSettings):
     """PPO on the prompts of the policy split."""
 
     method: Literal["ppo"] = "ppo"
     """The method of this candidate."""
     start_from: Name = "sft"
     """The model that is trained, and the reference: `sft`, `base`, or another candidate by name."""
-    heldout_reward_model: Name | None = Field(None, title="Held-out reward model")
-    """One of `reward_models` that measures every iteration and is not trained against; null: none."""
-    rewards: RewardSet | None = None
-    """Where scores come from, as a weighted sum; null: the reward model alone."""
-
-    @model_validator(mode="after")
-    def _heldout_is_held_out(self) -> Self:
-        require_held_out(self)
-        return self
 
 
 def run(config: PpoConfig, inputs: Inputs, context: StageContext) -> StageOutput:

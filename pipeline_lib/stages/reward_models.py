@@ -7,14 +7,18 @@ on the policy's frozen base; any other is loaded whole, and one line says why.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Self
+
+from pydantic import Field, model_validator
 
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.models.settings import can_share
 from pipeline_lib.schema import ArtifactRef
 from pipeline_lib.stages.contract import Inputs, StageContext
+from pipeline_lib.stages.names import Name
 from pipeline_lib.training.reward_set import RewardSet
 from pipeline_lib.training.settings import PpoSettings, TrainingSettings
+from pipeline_lib.validation import Frozen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,32 +31,27 @@ MAIN, HELDOUT = "reward_model", "heldout_reward_model"
 """Names of the inputs that a policy is trained against, and that measures alone."""
 
 
-class Measured(Protocol):
-    """A configuration of a training that a held-out reward model may measure."""
+class ScoredSettings(Frozen):
+    """Where the scores of a training on own samples come from, and what measures it alone."""
 
-    @property
-    def heldout_reward_model(self) -> str | None:
-        """Name of the model; None: there is none."""
+    heldout_reward_model: Name | None = Field(None, title="Held-out reward model")
+    """One of `reward_models` that measures every iteration and is not trained against; null: none."""
+    rewards: RewardSet | None = None
+    """Where scores come from, as a weighted sum; null: the reward model alone."""
 
-    @property
-    def rewards(self) -> RewardSet | None:
-        """What the policy is trained against; None: the run's reward model."""
-
-
-def require_held_out(config: Measured) -> None:
-    """Refuse a held-out reward model that the policy is trained against.
-
-    Raises:
-        ValueError: It is among the rewards.
-    """
-    name, rewards = config.heldout_reward_model, config.rewards
-    if name is not None and rewards is not None and name in rewards.reward_models:
-        raise ValueError(
-            f"heldout_reward_model = {name!r} is among the rewards too: what is trained against is not held out"
-        )
+    @model_validator(mode="after")
+    def _heldout_is_held_out(self) -> Self:
+        name = self.heldout_reward_model
+        if name is not None and self.rewards is not None and name in self.rewards.reward_models:
+            raise ValueError(
+                f"heldout_reward_model = {name!r} is among the rewards too: what is trained against is not held out"
+            )
+        return self
 
 
-def heldout_input(config: Measured, models: Mapping[str, ArtifactRef], *, main: ArtifactRef) -> dict[str, ArtifactRef]:
+def heldout_input(
+    config: ScoredSettings, models: Mapping[str, ArtifactRef], *, main: ArtifactRef
+) -> dict[str, ArtifactRef]:
     """Return the held-out reward model as an input of the stage, where one is named.
 
     Args:
@@ -127,10 +126,9 @@ def _fetched(ref: ArtifactRef, name: str, context: StageContext) -> tuple[Path, 
     """Fetch a reward model: its folder, its gain and bias, and its adapter where it has one."""
     from pipeline_lib.models.shared_base import ADAPTER_FOLDER, read_adapter  # noqa: PLC0415  (torch)
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.critic import Normalization  # noqa: PLC0415  (torch)
 
     directory = stage.fetch_model(context, ref, name.replace(":", "-"))
-    normalization = Normalization(**stage.read_json(directory.parent / "normalization.json"))
+    normalization = stage.normalization_of(directory)
     return directory, normalization, read_adapter(directory.parent / ADAPTER_FOLDER)
 
 

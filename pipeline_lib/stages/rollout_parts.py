@@ -23,9 +23,10 @@ from pipeline_lib.models.scoring import Layout, response_scores
 from pipeline_lib.models.trees import supports_trees
 from pipeline_lib.schema import Record
 from pipeline_lib.stages.contract import Inputs, StageContext
-from pipeline_lib.stages.training_stage import fetch_model, read_json
+from pipeline_lib.stages.training_stage import fetch_model, normalization_of
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree, place_of
+from pipeline_lib.training.critic import Normalization
 
 if TYPE_CHECKING:
     from pipeline_lib.stages.rollouts import RolloutsConfig
@@ -54,17 +55,16 @@ class Sampler:
     chat: ChatTokenizer
     reward_chat: ChatTokenizer
     """The scorer's own: a model may answer from behind words that only it knows."""
-    scale: dict[str, float] = field(repr=False)
+    normalization: Normalization = field(repr=False)
 
     @classmethod
     def open(cls, config: RolloutsConfig, inputs: Inputs, context: StageContext) -> Sampler:
         """Fetch both models' files."""
         directory = fetch_model(context, inputs["model"], "model")
         reward_directory = fetch_model(context, inputs["reward_model"], "reward_model")
-        scale = read_json(reward_directory.parent / "normalization.json")
         dtype = resolve_dtype(config.precision)
         chats = ChatTokenizer.load(directory), ChatTokenizer.load(reward_directory)
-        return cls(config, context, directory, reward_directory, dtype, *chats, scale)
+        return cls(config, context, directory, reward_directory, dtype, *chats, normalization_of(reward_directory))
 
     @cached_property
     def policy(self) -> PreTrainedModel:
@@ -117,7 +117,7 @@ class Sampler:
 
     def normalized(self, raw_score: float) -> float:
         """Return a score in the reward model's normalised units."""
-        return raw_score * self.scale["gain"] + self.scale["bias"]
+        return self.normalization(raw_score)
 
     def scored_prompt_ids(self, prompt: Record) -> list[int]:
         """Return a prompt as the scorers see it."""

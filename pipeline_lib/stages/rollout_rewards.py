@@ -107,14 +107,14 @@ def _scorer(
     from pipeline_lib.models.scoring import Layout  # noqa: PLC0415  (torch)
     from pipeline_lib.models.trees import supports_trees  # noqa: PLC0415  (torch)
     from pipeline_lib.stages.rollout_parts import TOKENS_PER_FORWARD  # noqa: PLC0415  (torch)
-    from pipeline_lib.training.critic import FrozenRewardModel, Normalization  # noqa: PLC0415  (torch)
+    from pipeline_lib.training.critic import FrozenRewardModel  # noqa: PLC0415  (torch)
     from pipeline_lib.training.reference import Reference  # noqa: PLC0415  (torch)
     from pipeline_lib.training.settings import TrainingSettings  # noqa: PLC0415
     from pipeline_lib.training.trained_model import TrainedModel  # noqa: PLC0415  (torch)
 
     # The number format of the models is all that they take of a training's settings.
     settings = TrainingSettings(precision=config.precision)
-    main = FrozenRewardModel(sampler.reward_directory, Normalization(**sampler.scale), settings=settings)
+    main = FrozenRewardModel(sampler.reward_directory, sampler.normalization, settings=settings)
     reference = Reference(TrainedModel(sampler.policy, None, sampler.directory), sampler.policy)
     layout = Layout(supports_trees(main.model, log=context.log), sampler.chat.pad_id, TOKENS_PER_FORWARD)
     scorer = open_scorer(

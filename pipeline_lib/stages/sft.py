@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.encode import Tree
     from pipeline_lib.training.selection import AnswerScore
 
-VERSION = 2
+VERSION = 3
 
 LAST_ROUND = "last_round"
 """Stands for the reward model of the round before."""
@@ -110,17 +110,8 @@ def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput
         selection=_selection(config, inputs, context, held_out=plan.held_out, chat=encoder.chat),
     )  # fmt: skip
     series = stage.train(recipe, config, context, metric_prefix="sft")
-    policy.save(context.workdir / "model")
-    facts = {
-        "dtype": str(dtype),
-        "template_sha256": encoder.chat.template_sha256,
-        "rows": len(plan.trees),
-    }
-    stage.write_facts(context.workdir, facts)
-    metrics = {
-        "first_nll_per_token_nats": series[0]["nll_per_token_nats"],
-        "last_nll_per_token_nats": stage.tail_mean(series, "nll_per_token_nats"),
-    }
+    facts = {"dtype": str(dtype), "rows": len(plan.trees)}
+    metrics = stage.write_supervised(policy, series, encoder.chat, context, facts)
     held_out_scores = [row["held_out_score"] for row in series if "held_out_score" in row]
     if held_out_scores:
         metrics["best_held_out_score"] = max(held_out_scores)
@@ -137,7 +128,6 @@ def _selection(
     """
     from pipeline_lib.stages import training_stage as stage  # noqa: PLC0415  (torch)
     from pipeline_lib.text.chat_template import ChatTokenizer  # noqa: PLC0415  (transformers)
-    from pipeline_lib.training.critic import Normalization  # noqa: PLC0415  (torch)
     from pipeline_lib.training.selection import AnswerScore  # noqa: PLC0415  (torch)
 
     if config.select_by is None:
@@ -154,6 +144,6 @@ def _selection(
             next_step="name a reward model of the same base model and model.chat_template",
         )
     return AnswerScore.load(
-        directory, Normalization(**stage.read_json(directory.parent / "normalization.json")), held_out,
+        directory, stage.normalization_of(directory), held_out,
         selection=config.select_by, training=config, chat=chat,
     )  # fmt: skip

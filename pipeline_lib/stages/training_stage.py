@@ -15,9 +15,11 @@ from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.faults import kill_point
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder
+from pipeline_lib.training.critic import Normalization
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from pipeline_lib.training.recipes.online import OwnSamples
@@ -183,6 +185,38 @@ def tail_mean(series: list[dict[str, float]], name: str) -> float:
     """Return the mean of a figure over the last tenth of the steps, at least one."""
     last = series[-max(1, len(series) // 10) :]
     return sum(row[name] for row in last) / len(last)
+
+
+def normalization_of(model_directory: Path) -> Normalization:
+    """Read the gain and bias that stand beside the folder of a reward model."""
+    return Normalization(**read_json(model_directory.parent / "normalization.json"))
+
+
+def write_supervised(
+    policy: TrainedModel,
+    series: list[dict[str, float]],
+    chat: ChatTokenizer,
+    context: StageContext,
+    facts: dict[str, Any],
+) -> dict[str, float]:
+    """Write what a training on given texts leaves: the model and `training.json`.
+
+    Args:
+        policy: Trained.
+        series: Every step's figures.
+        chat: The template that the model is used with.
+        context: The stage's context.
+        facts: As for `write_facts`; the template's sha256 is added.
+
+    Returns:
+        The loss at the start and at the end.
+    """
+    policy.save(context.workdir / "model")
+    write_facts(context.workdir, {**facts, "template_sha256": chat.template_sha256})
+    return {
+        "first_nll_per_token_nats": series[0]["nll_per_token_nats"],
+        "last_nll_per_token_nats": tail_mean(series, "nll_per_token_nats"),
+    }
 
 
 def read_json(path: Path) -> Any:

@@ -93,12 +93,14 @@ class TreeBatch:
         return replace(self, visibility=visibility, **moved)
 
 
-def bins(trees: Sequence[Tree], *, token_budget: int) -> list[list[int]]:
+def bins(trees: Sequence[Tree], *, token_budget: int, shared: int = 0) -> list[list[int]]:
     """Assign trees to batches by first-fit decreasing under a token budget.
 
     Args:
         trees: The trees of one optimizer step.
         token_budget: Tokens of a batch, at most; a tree above it gets a batch of its own.
+        shared: Tokens that every tree begins with and that stand once in a batch: `trunk_length`
+            of all trees, which no batch of some of them has less of.
 
     Returns:
         Indices into `trees`, one list a batch; every index exactly once, deterministic.
@@ -107,8 +109,8 @@ def bins(trees: Sequence[Tree], *, token_budget: int) -> list[list[int]]:
     for index in sorted(range(len(trees)), key=lambda i: (-trees[i].num_tokens, i)):
         size = trees[index].num_tokens
         for place, (used, members) in enumerate(filled):
-            if used + size <= token_budget:
-                filled[place] = (used + size, [*members, index])
+            if used + size - shared <= token_budget:
+                filled[place] = (used + size - shared, [*members, index])
                 break
         else:
             filled.append((size, [index]))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from peft import PeftModel
@@ -34,6 +34,7 @@ from pipeline_lib.training.settings import TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel, dtype_for, prepare
 
 ValueInit = Literal["reward_model", "zero"]
+ScoreT = TypeVar("ScoreT", float, Tensor)
 REWARD, VALUE = "reward_model", "value_function"
 """Names of the critic's adapters on the policy's base; further reward models are REWARD_<number>."""
 
@@ -45,8 +46,8 @@ class Normalization:
     gain: float = 1.0
     bias: float = 0.0
 
-    def __call__(self, raw: Tensor) -> Tensor:
-        """Normalise raw scores of any shape."""
+    def __call__(self, raw: ScoreT) -> ScoreT:
+        """Normalise a raw score, or raw scores of any shape."""
         return raw * self.gain + self.bias
 
 
@@ -106,7 +107,7 @@ class FrozenRewardModel:
     def raw_scores(self, batch: TreeBatch) -> Tensor:
         """Score each response as the head does, `(R,)`; on the policy's base, the policy is silent meanwhile."""
         with nullcontext() if self._on is None else only_adapters(*self._on):
-            hidden_PD = hidden_states(self.model, batch)
+            hidden_PD = hidden_states(self.model, batch, read=batch.last_R)
         return scalar_at(hidden_PD, self.head_1D, batch.last_R)
 
 
@@ -210,7 +211,7 @@ class Critic:
     def values(self, batch: TreeBatch) -> Tensor:
         """Value the state before each counted token, `(N,)`."""
         with self.valuing() as model:
-            hidden_PD = hidden_states(model, batch)
+            hidden_PD = hidden_states(model, batch, read=batch.source_N)
         raw_N = scalar_at(hidden_PD, self.value_head_1D, batch.source_N)
         return raw_N if self.value_init == "zero" else self.normalization(raw_N)
 
@@ -222,7 +223,7 @@ class Critic:
     def raw_scores(self, batch: TreeBatch) -> Tensor:
         """Score each response as the reward model's head does, `(R,)`."""
         with self._speaking(REWARD) if self.is_on_policy else without_adapter(self.value.adapter):
-            hidden_PD = hidden_states(self.reward_model, batch)
+            hidden_PD = hidden_states(self.reward_model, batch, read=batch.last_R)
         return scalar_at(hidden_PD, self.reward_head_1D, batch.last_R)
 
     @contextmanager

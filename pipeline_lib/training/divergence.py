@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
+from pipeline_lib.losses.tokens import HeadStates, full_kl_from_hidden, token_logps_from_hidden
 from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, logit_cap, predicting_states
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.reference import Reference
@@ -18,23 +18,16 @@ from pipeline_lib.training.reference import Reference
 class ReferenceStates:
     """What the reference's distributions at the counted tokens follow from."""
 
-    hidden_ND: Tensor
-    head_weight_VD: Tensor
-    head_bias_V: Tensor | None
-    softcap: float | None = None
-    """The reference's cap on its logits, where it has one."""
+    states: HeadStates
 
     @classmethod
     @torch.no_grad()
     def of(cls, reference: Reference, batch: TreeBatch) -> ReferenceStates:
         """Run the reference; to be called before the policy, whose adapters are off inside."""
         with reference.active() as model:
-            head = model.get_output_embeddings()
-            bias_V = getattr(head, "bias", None)
-            return cls(
-                predicting_states(model, batch), head.weight.detach(),
-                None if bias_V is None else bias_V.detach(), logit_cap(model),
-            )  # fmt: skip
+            found = head_states(model, batch)
+            bias_V = None if found.bias_V is None else found.bias_V.detach()
+            return cls(HeadStates(found.hidden_ND, found.weight_VD.detach(), bias_V, found.softcap))
 
     def kl(self, policy: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
         """Return KL(policy || reference) of each counted token, `(N,)`, nats, with gradient to the policy.
@@ -45,10 +38,16 @@ class ReferenceStates:
         """
         head = policy.get_output_embeddings()
         return full_kl_from_hidden(
-            hidden_ND, head.weight, self.hidden_ND, self.head_weight_VD, head_bias_V=getattr(head, "bias", None),
-            ref_head_bias_V=self.head_bias_V, chunk_tokens=HEAD_CHUNK_TOKENS,
-            softcap=logit_cap(policy), ref_softcap=self.softcap,
+            hidden_ND, head.weight, self.states.hidden_ND, self.states.weight_VD,
+            head_bias_V=getattr(head, "bias", None), ref_head_bias_V=self.states.bias_V,
+            chunk_tokens=HEAD_CHUNK_TOKENS, softcap=logit_cap(policy), ref_softcap=self.states.softcap,
         )  # fmt: skip
+
+
+def head_states(model: PreTrainedModel, batch: TreeBatch) -> HeadStates:
+    """Run a language model; return what its distributions at the counted tokens follow from."""
+    head = model.get_output_embeddings()
+    return HeadStates(predicting_states(model, batch), head.weight, getattr(head, "bias", None), logit_cap(model))
 
 
 def token_logps_and_kl(policy: PreTrainedModel, reference: Reference, batch: TreeBatch) -> tuple[Tensor, Tensor]:

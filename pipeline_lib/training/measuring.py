@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline_lib.losses.tokens import full_kl_from_hidden, token_logps_from_hidden
-from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, logit_cap, predicting_states
+from pipeline_lib.losses.tokens import compare_from_hidden
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.divergence import ReferenceStates
+from pipeline_lib.training.divergence import ReferenceStates, head_states
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.trained_model import TrainedModel
@@ -104,25 +104,10 @@ def logps_and_kl(
         batch: The samples.
         temperature: The sampling temperature.
     """
-    ref = ReferenceStates.of(reference, batch)
-    head, softcap = policy.model.get_output_embeddings(), logit_cap(policy.model)
-    bias_V = getattr(head, "bias", None)
-    hidden_ND = predicting_states(policy.model, batch)
-    logp_N, entropy_N = token_logps_from_hidden(
-        hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS,
-        temperature=temperature, softcap=softcap, with_entropy=True,
-    )  # fmt: skip
-    ref_logp_N, _ = token_logps_from_hidden(
-        ref.hidden_ND, ref.head_weight_VD, batch.label_N, head_bias_V=ref.head_bias_V,
-        chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature, softcap=ref.softcap,
-    )  # fmt: skip
-    full_kl_N = full_kl_from_hidden(
-        hidden_ND, head.weight, ref.hidden_ND, ref.head_weight_VD, head_bias_V=bias_V,
-        ref_head_bias_V=ref.head_bias_V, chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature,
-        softcap=softcap, ref_softcap=ref.softcap,
-    )  # fmt: skip
-    assert entropy_N is not None
-    return {"logp_N": logp_N, "ref_logp_N": ref_logp_N, "entropy_N": entropy_N, "full_kl_N": full_kl_N}
+    ref = ReferenceStates.of(reference, batch).states
+    states = head_states(policy.model, batch)
+    found = compare_from_hidden(states, ref, batch.label_N, chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature)
+    return found._asdict()
 
 
 def _in_order(

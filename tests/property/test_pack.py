@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pipeline_lib.losses.tokens import masked_mean
 from pipeline_lib.models.logprobs import token_logps
 from pipeline_lib.text.encode import Tree
-from pipeline_lib.text.pack import TreeBatch, bins, pack, pad
+from pipeline_lib.text.pack import TreeBatch, bins, pack, pad, trunk_length
 from tests.toy import tiny_llama
 
 VOCABULARY = 259
@@ -212,6 +212,24 @@ def test_bins_hold_every_tree_once_within_the_budget(trees: list[Tree], budget: 
         used = sum(trees[index].num_tokens for index in members)
         assert used <= budget or len(members) == 1
     assert found == bins(trees, token_budget=budget)
+
+
+@given(tree_lists(max_trees=12), st.integers(1, 60))
+@settings(max_examples=150, deadline=None)
+def test_rows_with_a_trunk_are_filled_to_the_budget(trees: list[Tree], budget: int) -> None:
+    """What all trees begin with stands once in a row: a row is never longer than the budget for it."""
+    found = bins(trees, token_budget=budget, shared=trunk_length(trees))
+    assert sorted(index for members in found for index in members) == list(range(len(trees)))
+    for members in found:
+        row = pack([trees[index] for index in members])
+        assert row.input_ids_BT.shape[1] <= budget or len(members) == 1
+
+
+def test_a_shared_beginning_makes_room_by_hand() -> None:
+    trees = [Tree(str(own), (7,) * 4 + (own,), ((9,),), (False,) * 5) for own in range(4)]
+    # Six tokens each, four of them shared: 4 + 2 + 2 + 2 = 10.
+    assert bins(trees, token_budget=10) == [[0], [1], [2], [3]]
+    assert bins(trees, token_budget=10, shared=trunk_length(trees)) == [[0, 1, 2], [3]]
 
 
 def test_bins_are_first_fit_decreasing_by_hand() -> None:

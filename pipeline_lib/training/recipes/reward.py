@@ -23,6 +23,7 @@ from pipeline_lib.schema import Record, Strength
 from pipeline_lib.text.encode import place_of
 from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.plan import DataPlan
+from pipeline_lib.training.ranking import RankedPairs
 from pipeline_lib.training.recipe import Figure, ParameterGroup, StepLoss
 from pipeline_lib.training.recipes.offline import OfflineRows
 from pipeline_lib.training.trained_model import TrainedModel
@@ -64,34 +65,6 @@ class Label:
 
 Labels = dict[str, Label]
 """The label of each comparison, by record id."""
-
-
-@dataclass(frozen=True)
-class RankedPairs:
-    """All (better, worse) pairs of a batch as flat response indices."""
-
-    better_P: Tensor
-    worse_P: Tensor
-
-    @classmethod
-    def of(cls, batch: TreeBatch, labels: Labels) -> RankedPairs:
-        """List the pairs of every tree of a batch, in tree order."""
-        better: list[int] = []
-        worse: list[int] = []
-        first = 0
-        for tree in batch.trees:
-            places = labels[tree.record_id].ranks
-            for i, rank_i in enumerate(places):
-                for j, rank_j in enumerate(places):
-                    if rank_i < rank_j:
-                        better.append(first + i)
-                        worse.append(first + j)
-            first += len(places)
-        device = batch.last_R.device
-        return cls(
-            torch.tensor(better, device=device, dtype=torch.long),
-            torch.tensor(worse, device=device, dtype=torch.long),
-        )
 
 
 class RewardRecipe(OfflineRows):
@@ -171,7 +144,7 @@ class RewardRecipe(OfflineRows):
         return self._weights[record_id]
 
     def _figures(self, batch: TreeBatch, score_R: Tensor) -> dict[str, Figure]:
-        pairs = RankedPairs.of(batch, self.labels)
+        pairs = RankedPairs.of(batch, {tree.record_id: self.labels[tree.record_id].ranks for tree in batch.trees})
         margin_P = score_R[pairs.better_P] - score_R[pairs.worse_P]
         count = int(margin_P.numel())
         return {

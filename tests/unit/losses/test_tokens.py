@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.losses.tokens import (
+    HeadStates,
+    compare_from_hidden,
     full_kl_from_hidden,
     masked_mean,
     mean_logps_from_hidden,
@@ -216,6 +218,43 @@ def test_full_kl_against_all_logits(is_head_learned: bool, chunk_tokens: int) ->
     assert torch.autograd.gradcheck(ours, (hidden, weight))
 
 
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_policy_and_reference_are_compared_in_one_pass(chunk_tokens: int, softcap: float | None) -> None:
+    hidden, weight, bias, labels = inputs()
+    ref_hidden, ref_weight, _, _ = inputs(width=3, scale=0.7)
+    found = compare_from_hidden(
+        HeadStates(hidden, weight, bias), HeadStates(ref_hidden, ref_weight, None, softcap), labels,
+        chunk_tokens=chunk_tokens, temperature=0.8,
+    )  # fmt: skip
+    logp = torch.log_softmax((hidden @ weight.T + bias) / 0.8, -1)
+    ref_logits = ref_hidden @ ref_weight.T
+    if softcap is not None:
+        ref_logits = softcap * torch.tanh(ref_logits / softcap)
+    logq = torch.log_softmax(ref_logits / 0.8, -1)
+    of_label = (torch.arange(6), labels)
+    wanted = (logp[of_label], -(logp.exp() * logp).sum(-1), logq[of_label], (logp.exp() * (logp - logq)).sum(-1))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_policy_that_is_its_reference_differs_by_nothing() -> None:
+    hidden, weight, _, labels = (part.float() if part.is_floating_point() else part for part in inputs(scale=50.0))
+    found = compare_from_hidden(HeadStates(hidden, weight), HeadStates(hidden, weight), labels, chunk_tokens=4)
+    assert found.full_kl_N.tolist() == [0.0] * 6
+    assert torch.equal(found.logp_N, found.ref_logp_N)
+    alone_N, entropy_N = token_logps_from_hidden(hidden, weight, labels, chunk_tokens=4, with_entropy=True)
+    assert entropy_N is not None
+    torch.testing.assert_close(found.logp_N, alone_N, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.entropy_N, entropy_N, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_to_compare_is_no_figure() -> None:
+    hidden, weight, bias, labels = inputs()
+    none = HeadStates(hidden[:0], weight, bias)
+    assert [len(values) for values in compare_from_hidden(none, none, labels[:0], chunk_tokens=4)] == [0] * 4
+
+
 def test_full_kl_of_a_model_with_itself_is_zero() -> None:
     hidden, weight, _, _ = (part.float() if part.is_floating_point() else part for part in inputs(scale=50.0))
     hidden.requires_grad_()
@@ -234,6 +273,8 @@ def test_refusals_of_divergence_and_smoothing() -> None:
         full_kl_from_hidden(hidden, weight, hidden, weight[:8], chunk_tokens=4)
     with pytest.raises(ValueError, match=r"must be \(N, D\) and \(V, D\)"):
         full_kl_from_hidden(hidden, weight, hidden[:, :2], weight, chunk_tokens=4)
+    with pytest.raises(ValueError, match="as many tokens and words: 6 and 6 tokens, 9 and 8 words"):
+        compare_from_hidden(HeadStates(hidden, weight), HeadStates(hidden, weight[:8]), labels, chunk_tokens=4)
     with pytest.raises(ValueError, match=r"must be \(N, D\), \(V, D\) and \(N,\)"):
         mean_logps_from_hidden(hidden, weight, labels, hidden[:3, 0])
     with pytest.raises(ValueError, match="be 0 to 1"):

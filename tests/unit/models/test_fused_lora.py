@@ -149,9 +149,20 @@ def test_half_precision_is_as_close_to_the_truth_as_pefts() -> None:
         assert error(half[True], name) < max(2 * error(half[False], name), 0.02), name
 
 
-def _two_adapters(model: PeftModel) -> None:
-    model.add_adapter("more", LoraConfig(r=1, target_modules=["up", "down"]))
+def _two_adapters(model: PeftModel, **chosen: Any) -> None:
+    """Add a second adapter of another rank and scaling; both speak."""
+    model.add_adapter("more", LoraConfig(r=1, lora_alpha=5, target_modules=["up", "down"], **chosen))
     model.base_model.set_adapter(["default", "more"])  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if ".more." in name:
+                value.copy_(torch.randn(value.shape, generator=generator))
+
+
+def _dropped_and_plain(model: PeftModel) -> None:
+    _two_adapters(model, lora_dropout=0.5)
+    model.train()
 
 
 def _hooked(model: PeftModel) -> None:
@@ -166,16 +177,44 @@ def _trained_base(model: PeftModel) -> None:
             module.get_base_layer().weight.requires_grad_()
 
 
-@pytest.mark.parametrize("change", [_two_adapters, _hooked, _trained_base, lambda model: model.merge_adapter()])
+@pytest.mark.parametrize("change", [_dropped_and_plain, _hooked, _trained_base, lambda model: model.merge_adapter()])
 def test_whatever_else_is_in_a_layer_goes_pefts_way(change: Callable[[PeftModel], None], calls: list[str]) -> None:
     both = {is_fused: adapted(is_fused=is_fused) for is_fused in (False, True)}
     found = {}
     for is_fused, model in both.items():
         torch.manual_seed(5)
         change(model)
+        torch.manual_seed(6)
         found[is_fused] = model(inputs(4))
     assert calls.count("FusedLoraLinear") == 2
     assert torch.equal(found[True], found[False])
+
+
+@pytest.mark.parametrize("frozen", [(), ("default",), ("more",)])
+def test_several_adapters_at_once_are_one_operation(frozen: tuple[str, ...], calls: list[str]) -> None:
+    found = {}
+    for is_fused in (False, True):
+        model = adapted(is_fused=is_fused)
+        _two_adapters(model)
+        for name, value in model.named_parameters():
+            if any(f".{adapter}." in name for adapter in frozen):
+                value.requires_grad_(requires_grad=False)
+        calls.clear()
+        found[is_fused] = run(model, inputs(2, 3))
+    assert not calls
+    assert sum("lora" in name for name in found[True]) == 8 - 4 * len(frozen)
+    assert furthest(found[True], found[False]) < 1e-12 * 5000  # the largest gradient
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65])
+def test_a_sampling_step_has_the_same_numbers(rows: int) -> None:
+    """One position a row and no gradient: the product goes by the transposes up to 64 rows."""
+    both = [adapted(is_fused=is_fused) for is_fused in (False, True)]
+    x = inputs(rows, 1)
+    with torch.inference_mode():
+        theirs, ours = (model(x) for model in both)
+    assert ours.shape == (rows, 1, 3)
+    assert float((ours - theirs).abs().max()) < 1e-12
 
 
 def test_dropout_and_dora_go_pefts_way(calls: list[str]) -> None:

@@ -225,7 +225,7 @@ def test_a_stop_request_commits_a_checkpoint_of_the_last_whole_step(
     calls: int, step: int, directory: Path, world: World
 ) -> None:
     chosen = settings(batch_size=4, epochs=3)
-    recipe: Recipe = sft_recipe(directory, chosen, tokens_per_batch=130)
+    recipe: Recipe = sft_recipe(directory, chosen, tokens_per_batch=80)
     assert [len(recipe.micro_batches(n)) for n in range(3)] == [2, 2, 2]
     stop_after(world, calls)
     with pytest.raises(InterruptedRunError, match=f"before step {step} of 6") as caught:

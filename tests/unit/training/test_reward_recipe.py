@@ -19,7 +19,8 @@ from pipeline_lib.models.scoring import response_scores
 from pipeline_lib.schema import Record
 from pipeline_lib.text.pack import pack
 from pipeline_lib.training.plan import DataPlan
-from pipeline_lib.training.recipes.reward import Label, Labels, RankedPairs, RewardRecipe
+from pipeline_lib.training.ranking import RankedPairs
+from pipeline_lib.training.recipes.reward import Label, Labels, RewardRecipe
 from tests.toy import COMPARISONS, World, encoder, layout, record, reward_model_of, reward_recipe, settings
 
 BRADLEY_TERRY: RewardLoss = REWARD_LOSSES.build({"name": "bradley_terry", "centring": 0.01})
@@ -75,7 +76,8 @@ def softplus(x: float) -> float:
 def test_ranked_pairs_are_all_that_differ_and_no_ties() -> None:
     rows = [record("a", "1", "2", "3"), record("b", "1", "2"), record("c", "1", "2", "3")]
     labels = {rows[0].id: Label((2, 1, 3)), rows[1].id: Label((1, 1)), rows[2].id: Label((2, 1, 1))}
-    pairs = RankedPairs.of(pack([encoder().tree(row) for row in rows]), labels)
+    ranks = {record_id: label.ranks for record_id, label in labels.items()}
+    pairs = RankedPairs.of(pack([encoder().tree(row) for row in rows]), ranks)
     assert list(zip(pairs.better_P.tolist(), pairs.worse_P.tolist(), strict=True)) == [
         (0, 2), (1, 0), (1, 2), (6, 5), (7, 5),
     ]  # fmt: skip
