@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pipeline_lib.errors import ConfigError, DivergedError
 from pipeline_lib.models.adapters import Adapter, add_adapter
 from pipeline_lib.models.base import save_model, stored_dtype
+from pipeline_lib.models.lean_norm import lean_norms
 from pipeline_lib.models.merging import merge
 from pipeline_lib.models.precision import default_device, resolve_dtype
 from pipeline_lib.models.settings import PrefixSettings, QloraSettings
@@ -105,8 +106,10 @@ def prepare(model: PreTrainedModel, directory: Path, settings: TrainingSettings,
         )
     if chosen is None:
         model = model.to(device=device, dtype=torch.float32).requires_grad_(requires_grad=True)
+        lean_norms(model)
         return TrainedModel(model.eval(), None, directory)
     model = model.to(device)
+    lean_norms(model)
     adapter = add_adapter(model, chosen, seed=seed, encode=lambda text: ChatTokenizer.load(directory).ids(text))
     return TrainedModel(model, adapter, directory, is_quantized=isinstance(chosen, QloraSettings))
 
