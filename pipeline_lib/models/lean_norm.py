@@ -25,13 +25,14 @@ def lean_norms(model: nn.Module) -> None:
     stay as they are.
     """
     for module in model.modules():
-        kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and _agrees(module):
+        is_norm = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+        if is_norm and not isinstance(module, _LeanNorm) and _agrees(module):
+            kind: Any = type(module)
             module.__class__ = _lean_class(kind)
 
 
 @cache
-def _lean_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _lean_class(kind: type[Any]) -> type[Any]:
     """Return the class with another forward; its name is the same, by which others may know it."""
     return type(kind.__name__, (_LeanNorm, kind), {"__module__": kind.__module__})
 
