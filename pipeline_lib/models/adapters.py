@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import assert_never
+from typing import Literal, assert_never
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -161,20 +161,25 @@ def without_adapter(adapter: Adapter | None) -> Iterator[None]:
     if isinstance(adapter, VirtualTokens):
         off = adapter.switched_off()
     else:
-        off = nullcontext() if adapter is None else _silent(adapter)
+        off = nullcontext() if adapter is None else switched(adapter, "_disable_adapters", to=True)
     with off:
         yield
 
 
 @contextmanager
-def _silent(wrapper: PeftModel) -> Iterator[None]:
-    """Switch the layers themselves: peft's own way asks every weight how it is, many times as long, at each forward."""
+def switched(
+    wrapper: PeftModel, switch: Literal["_active_adapter", "_disable_adapters"], *, to: object
+) -> Iterator[None]:
+    """Set a switch of every adapted layer for a while; which weights are trained stays as it is.
+
+    peft's own ways change that too, and one of them asks every weight how it is: many times as long, at each forward.
+    """
     layers = [module for module in wrapper.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    before = [getattr(layer, switch) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        setattr(layer, switch, to)
     try:
         yield
     finally:
-        for layer, was_silent in zip(layers, before, strict=True):
-            layer._disable_adapters = was_silent
+        for layer, was in zip(layers, before, strict=True):
+            setattr(layer, switch, was)

@@ -46,10 +46,11 @@ def hidden_states(model: PreTrainedModel, batch: TreeBatch, *, read: Tensor | No
 def _last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
     """Return the last layer's feed-forward: behind it no position sees another. None where it is not a plain one."""
     backbone: nn.Module = model.base_model
-    layers = [module for module in backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers or layers[-1].gradient_checkpointing:
+    layers = getattr(backbone, "layers", None)
+    last = layers[-1] if isinstance(layers, nn.ModuleList) else None
+    if not isinstance(last, GradientCheckpointingLayer) or last.gradient_checkpointing:
         return None  # what is computed again is so after these hooks are gone
-    found = getattr(layers[-1], "mlp", None)
+    found = getattr(last, "mlp", None)
     if not isinstance(found, nn.Module) or found._forward_hooks or found._forward_pre_hooks:
         return None
     return found if all(hasattr(found, name) for name in _GATED) else None

@@ -51,6 +51,11 @@ def scalar_at(hidden_PD: Tensor, head_weight_1D: Tensor, positions: Tensor) -> T
     return (chosen.to(wide) @ head_weight_1D.to(wide).T).squeeze(-1)
 
 
+def run_scalar(model: PreTrainedModel, batch: TreeBatch, head_weight_1D: Tensor, positions: Tensor) -> Tensor:
+    """Run a backbone over a batch and a scalar head at some flat positions, `(len(positions),)`."""
+    return scalar_at(hidden_states(model, batch, read=positions), head_weight_1D, positions)
+
+
 def scores(model: PreTrainedModel, batch: TreeBatch) -> Tensor:
     """Score each response of a batch at its last token, `(R,)`, raw: not normalised."""
-    return scalar_at(hidden_states(model, batch, read=batch.last_R), head_of(model).weight, batch.last_R)
+    return run_scalar(model, batch, head_of(model).weight, batch.last_R)

@@ -10,21 +10,21 @@ Legend: D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline_lib.errors import IntegrityError
 from pipeline_lib.hashing import canonical_json
+from pipeline_lib.models.adapters import switched
 from pipeline_lib.models.settings import LoraSettings
 from pipeline_lib.validation import Frozen
 
@@ -130,21 +130,12 @@ def add_trained_adapter(wrapper: PeftModel, name: str, *, seed: int) -> None:
         matrix.requires_grad_(True)
 
 
-@contextmanager
-def only_adapters(wrapper: PeftModel, *names: str) -> Iterator[None]:
+def only_adapters(wrapper: PeftModel, *names: str) -> AbstractContextManager[None]:
     """Let some adapters speak, added up, and no other; which weights are trained stays as it is.
 
     A backward pass that computes activations again must run inside too.
     """
-    layers = [module for module in wrapper.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._active_adapter for layer in layers]
-    for layer in layers:
-        layer._active_adapter = list(names)  # peft's own set_adapter would also change what is trained
-    try:
-        yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = active
+    return switched(wrapper, "_active_adapter", to=list(names))
 
 
 def _add(wrapper: PeftModel, name: str, config: LoraConfig) -> None:

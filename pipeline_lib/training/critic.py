@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline_lib.models.adapters import without_adapter
-from pipeline_lib.models.backbone import hidden_states
-from pipeline_lib.models.heads import head_of, load_scalar_model, scalar_at
+from pipeline_lib.models.heads import head_of, load_scalar_model, run_scalar
 from pipeline_lib.models.precision import default_device
 from pipeline_lib.models.shared_base import StoredAdapter, add_trained_adapter, only_adapters, put_adapter
 from pipeline_lib.models.trees import supports_trees
@@ -107,8 +106,7 @@ class FrozenRewardModel:
     def raw_scores(self, batch: TreeBatch) -> Tensor:
         """Score each response as the head does, `(R,)`; on the policy's base, the policy is silent meanwhile."""
         with nullcontext() if self._on is None else only_adapters(*self._on):
-            hidden_PD = hidden_states(self.model, batch, read=batch.last_R)
-        return scalar_at(hidden_PD, self.head_1D, batch.last_R)
+            return run_scalar(self.model, batch, self.head_1D, batch.last_R)
 
 
 class Critic:
@@ -211,8 +209,7 @@ class Critic:
     def values(self, batch: TreeBatch) -> Tensor:
         """Value the state before each counted token, `(N,)`."""
         with self.valuing() as model:
-            hidden_PD = hidden_states(model, batch, read=batch.source_N)
-        raw_N = scalar_at(hidden_PD, self.value_head_1D, batch.source_N)
+            raw_N = run_scalar(model, batch, self.value_head_1D, batch.source_N)
         return raw_N if self.value_init == "zero" else self.normalization(raw_N)
 
     def scores(self, batch: TreeBatch) -> Tensor:
@@ -223,8 +220,7 @@ class Critic:
     def raw_scores(self, batch: TreeBatch) -> Tensor:
         """Score each response as the reward model's head does, `(R,)`."""
         with self._speaking(REWARD) if self.is_on_policy else without_adapter(self.value.adapter):
-            hidden_PD = hidden_states(self.reward_model, batch, read=batch.last_R)
-        return scalar_at(hidden_PD, self.reward_head_1D, batch.last_R)
+            return run_scalar(self.reward_model, batch, self.reward_head_1D, batch.last_R)
 
     @contextmanager
     def _speaking(self, *names: str) -> Iterator[None]:
