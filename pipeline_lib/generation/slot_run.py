@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from pipeline_lib.generation.prefill import Prefiller, group_size
 from pipeline_lib.generation.prompt_slots import PromptSlots
 from pipeline_lib.hashing import derive_seed
+from pipeline_lib.models.fused_lora import summed_weights
 from pipeline_lib.models.logprobs import logits_of
 from pipeline_lib.models.sampling import Sample, SamplingSettings, common_prefix, draw_tokens
 
@@ -80,16 +81,17 @@ class SlotRun:
     @torch.inference_mode()
     def samples(self) -> list[Sample]:
         """Sample until every response has ended; see `Generator.generate`."""
-        prefiller = Prefiller(self.model, self.prompts[0][: self._shared], pad_id=self.pad_id)
-        while self._rows or self._ready or self._waiting:
-            done_before = self._num_done
-            free = self._num_slots - len(self._rows)
-            if not self._rows or free * _REFILLED_SHARE >= self._num_slots:
-                self._fill(prefiller)
-            if self._rows:
-                self._step()
-            if self.on_batch is not None and self._num_done > done_before:
-                self.on_batch(self._num_done)
+        with summed_weights(self.model):
+            prefiller = Prefiller(self.model, self.prompts[0][: self._shared], pad_id=self.pad_id)
+            while self._rows or self._ready or self._waiting:
+                done_before = self._num_done
+                free = self._num_slots - len(self._rows)
+                if not self._rows or free * _REFILLED_SHARE >= self._num_slots:
+                    self._fill(prefiller)
+                if self._rows:
+                    self._step()
+                if self.on_batch is not None and self._num_done > done_before:
+                    self.on_batch(self._num_done)
         return [self._found[place] for place in range(len(self.prompts) * self.copies)]
 
     def _fill(self, prefiller: Prefiller) -> None:

@@ -5,11 +5,12 @@ Legend: P flat positions, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,29 +37,41 @@ def hidden_states(model: PreTrainedModel, batch: TreeBatch, *, read: Tensor | No
     """
     if batch.is_packed and not supports_trees(model):
         raise ValueError(f"a {model.config.model_type!r} model takes padded rows: ask supports_trees before packing")
-    feed_forward = None if read is None else _last_feed_forward(model)
-    if feed_forward is None or read is None:
+    last_parts = [] if read is None else _last_parts(model)
+    if read is None or not last_parts:
         return run_backbone(model, batch)
-    with _only_at(feed_forward, read.unique(), batch.input_ids_BT.shape):
+    with _only_at(last_parts, read.unique(), batch.input_ids_BT.shape):
         return run_backbone(model, batch)
 
 
-def _last_feed_forward(model: PreTrainedModel) -> nn.Module | None:
-    """Return the last layer's feed-forward: behind it no position sees another. None where it is not a plain one."""
+def _last_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """Return what comes behind the last attention, where no position sees another: its output and the feed-forward.
+
+    None of it where the layer is not a plain one.
+    """
     backbone: nn.Module = model.base_model
     layers = getattr(backbone, "layers", None)
     last = layers[-1] if isinstance(layers, nn.ModuleList) else None
     if not isinstance(last, GradientCheckpointingLayer) or last.gradient_checkpointing:
-        return None  # what is computed again is so after these hooks are gone
-    found = getattr(last, "mlp", None)
-    if not isinstance(found, nn.Module) or found._forward_hooks or found._forward_pre_hooks:
-        return None
-    return found if all(hasattr(found, name) for name in _GATED) else None
+        return []  # what is computed again is so after these hooks are gone
+    feed_forward = getattr(last, "mlp", None)
+    if not all(hasattr(feed_forward, name) for name in _GATED):
+        return []
+    found = [feed_forward, getattr(getattr(last, "self_attn", None), "o_proj", None)]
+    return [part for part in found if isinstance(part, nn.Module) and not part._forward_hooks | part._forward_pre_hooks]
 
 
 @contextmanager
-def _only_at(feed_forward: nn.Module, read_P: Tensor, shape: torch.Size) -> Iterator[None]:
-    """Let a feed-forward run at some flat positions alone, and say 0 at the others."""
+def _only_at(parts: Sequence[nn.Module], read_P: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Let parts of a layer run at some flat positions alone, and say 0 at the others."""
+    with ExitStack() as hooks:
+        for part in parts:
+            for handle in _hook(part, read_P, shape):
+                hooks.callback(handle.remove)
+        yield
+
+
+def _hook(part: nn.Module, read_P: Tensor, shape: torch.Size) -> tuple[RemovableHandle, RemovableHandle]:
     gathered: list[Tensor] = []
 
     def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:  # noqa: ARG001
@@ -74,9 +87,4 @@ def _only_at(feed_forward: nn.Module, read_P: Tensor, shape: torch.Size) -> Iter
         whole_PD = output.new_zeros((shape.numel(), output.shape[-1]))
         return whole_PD.index_copy(0, read_P, output[0]).view(*shape, -1)
 
-    handles = [feed_forward.register_forward_pre_hook(gather), feed_forward.register_forward_hook(scatter)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return part.register_forward_pre_hook(gather), part.register_forward_hook(scatter)

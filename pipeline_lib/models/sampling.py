@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline_lib.hashing import derive_seed
+from pipeline_lib.models.fused_lora import summed_weights
 from pipeline_lib.validation import Frozen
 
 
@@ -81,10 +82,11 @@ def sample(
     for start in range(0, len(order), prompts_per_batch):
         members = order[start : start + prompts_per_batch]
         places = [index * samples_per_prompt + k for index in members for k in range(samples_per_prompt)]
-        ids_BT = _generate(
-            model, [list(prompts[index]) for index in members], settings,
-            eos_id=eos_id, pad_id=pad_id, seeds=[derive_seed(seed, "sample", place) for place in places],
-        )  # fmt: skip
+        with summed_weights(model):
+            ids_BT = _generate(
+                model, [list(prompts[index]) for index in members], settings,
+                eos_id=eos_id, pad_id=pad_id, seeds=[derive_seed(seed, "sample", place) for place in places],
+            )  # fmt: skip
         for place, row in zip(places, ids_BT, strict=True):
             end = row.index(eos_id) + 1 if settings.stops_at_eos and eos_id in row else len(row)
             results[place] = Sample(tuple(row[:end]), eos_id in row)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder
     from pipeline_lib.text.hindsight import HindsightEncoder
 
-VERSION = 3
+VERSION = 4
 
 
 class ConditionalConfig(OfflineSettings):

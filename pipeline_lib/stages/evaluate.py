@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.chat_template import ChatTokenizer
     from pipeline_lib.text.encode import Tree
 
-VERSION = 3
+VERSION = 4
 
 
 class EvaluateConfig(Frozen):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline_lib.training.reference import Reference
     from pipeline_lib.training.sampling_rollouts import GroupScorer
 
-VERSION = 4
+VERSION = 5
 
 
 class RlooConfig(RlooSettings, ScoredSettings):

@@ -14,7 +14,7 @@ from pipeline_lib.stages.names import Name
 from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig, weights_of
 from pipeline_lib.training.settings import OfflineSettings
 
-VERSION = 4
+VERSION = 5
 
 
 def _complete(spec: PluginSpec) -> PluginSpec:

@@ -23,7 +23,7 @@ from pipeline_lib.validation import Frozen
 if TYPE_CHECKING:
     from pipeline_lib.text.encode import Tree
 
-VERSION = 3
+VERSION = 4
 
 _TREES_PER_PART = 128
 _TOKENS_PER_FORWARD = 1024

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder, Tree
     from pipeline_lib.training.trained_model import TrainedModel
 
-VERSION = 4
+VERSION = 5
 
 
 def _complete(spec: PluginSpec) -> PluginSpec:

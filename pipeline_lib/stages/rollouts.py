@@ -40,7 +40,7 @@ from pipeline_lib.validation import Frozen
 if TYPE_CHECKING:
     from pipeline_lib.stages.rollout_parts import Drawn, Sampler
 
-VERSION = 2
+VERSION = 3
 
 _PROMPTS_PER_PART = 16
 _PART = "rollouts_part"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline_lib.text.encode import Tree
     from pipeline_lib.training.selection import AnswerScore
 
-VERSION = 3
+VERSION = 4
 
 LAST_ROUND = "last_round"
 """Stands for the reward model of the round before."""

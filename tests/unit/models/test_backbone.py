@@ -1,4 +1,4 @@
-"""What is read is what the whole forward says; what is not read is not computed in the last feed-forward."""
+"""What is read is what the whole forward says; what is not read is not computed behind the last attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -33,7 +33,7 @@ def batch(*, is_packed: bool = True) -> TreeBatch:
 
 @pytest.fixture
 def rows(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note how many positions each layer's feed-forward computes."""
+    """Note how many positions the output of each layer's attention and its feed-forward compute."""
     found: list[int] = []
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -45,8 +45,9 @@ def rows(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return run
 
     for layer in layers:
-        feed_forward: Any = layer.mlp
-        monkeypatch.setattr(feed_forward, "forward", noted(feed_forward.forward))
+        attention: Any = layer.self_attn
+        for part in (attention.o_proj, layer.mlp):
+            monkeypatch.setattr(part, "forward", noted(part.forward))
     return found
 
 
@@ -72,7 +73,7 @@ def test_what_is_read_and_its_gradients_are_the_same(
         torch.testing.assert_close(asked[1][key], grad, rtol=1e-10, atol=1e-12)
     positions = given.input_ids_BT.numel()
     assert whole[2] == [positions] * len(whole[2])
-    assert asked[2] == [*whole[2][:-1], int(read.unique().numel())]
+    assert asked[2] == [*whole[2][:-2], *[int(read.unique().numel())] * 2]
 
 
 def test_all_positions_may_be_read(model: PreTrainedModel) -> None:
@@ -95,10 +96,12 @@ def test_nothing_stays_behind(model: PreTrainedModel) -> None:
     assert not any(hooks)
 
 
-def test_a_feed_forward_that_something_else_listens_to_is_whole(model: PreTrainedModel, rows: list[int]) -> None:
+@pytest.mark.parametrize("ending", ["mlp", "o_proj"])
+def test_a_part_that_something_else_listens_to_is_whole(model: PreTrainedModel, rows: list[int], ending: str) -> None:
     given = batch()
-    feed_forward = next(module for name, module in reversed(list(model.named_modules())) if name.endswith("mlp"))
-    assert isinstance(feed_forward, nn.Module)
-    feed_forward.register_forward_hook(lambda *_: None)
+    part = next(module for name, module in reversed(list(model.named_modules())) if name.endswith(ending))
+    part.register_forward_hook(lambda *_: None)
     hidden_states(model, given, read=given.last_R)
-    assert set(rows) == {given.input_ids_BT.numel()}
+    last = [int(given.last_R.unique().numel())] * 2
+    last[("o_proj", "mlp").index(ending)] = given.input_ids_BT.numel()
+    assert rows[-2:] == last

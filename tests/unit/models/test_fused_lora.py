@@ -12,7 +12,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from pipeline_lib.models import fused_lora
-from pipeline_lib.models.fused_lora import FusedLoraLinear, fuse_lora
+from pipeline_lib.models.fused_lora import FusedLoraLinear, fuse_lora, summed_weights
 
 
 class Two(nn.Module):
@@ -215,6 +215,44 @@ def test_a_sampling_step_has_the_same_numbers(rows: int) -> None:
         theirs, ours = (model(x) for model in both)
     assert ours.shape == (rows, 1, 3)
     assert float((ours - theirs).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("num_adapters", [1, 2])
+def test_sampling_multiplies_once_by_the_sum(num_adapters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [adapted(is_fused=is_fused) for is_fused in (False, True)]
+    if num_adapters == 2:
+        for model in both:
+            _two_adapters(model)
+    theirs, ours = both
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    expected = theirs(inputs(3, 1))
+    with summed_weights(ours), monkeypatch.context() as patched:
+        patched.setattr(fused_lora, "_product", None)
+        with torch.inference_mode():
+            assert float((ours(inputs(3, 1)) - expected).abs().max()) < 1e-12
+    with summed_weights(ours):
+        # A gradient asks for both products even here.
+        assert furthest(run(ours, inputs(3)), run(theirs, inputs(3))) < 1e-12 * 5000
+    after = ours.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with torch.no_grad(), ours.disable_adapter(), theirs.disable_adapter():
+        assert torch.equal(ours(inputs(3)), theirs(inputs(3)))
+
+
+@pytest.mark.parametrize("change", [_dropped_and_plain, _hooked, _trained_base, lambda model: model.merge_adapter()])
+def test_only_plain_layers_are_summed(change: Callable[[PeftModel], None]) -> None:
+    model = adapted(is_fused=True)
+    change(model)
+    with summed_weights(model):
+        assert not any(module.summed_ED is not None for module in model.modules() if isinstance(module, LoraLinear))
+
+
+def test_coarse_weights_are_not_summed() -> None:
+    """The sum of a weight and a small adapter, in bf16, is the weight."""
+    model = adapted(is_fused=True, dtype=torch.bfloat16)
+    with summed_weights(model):
+        assert all(module.summed_ED is None for module in model.modules() if isinstance(module, FusedLoraLinear))
 
 
 def test_dropout_and_dora_go_pefts_way(calls: list[str]) -> None:
