@@ -50,8 +50,9 @@ class PpoPreset(Frozen):
     lora_rank: int = 16
     lora_alpha: int = 32
     seed: int = 11
-    speed_goal: float = 2.0
-    memory_goal: float = 0.5
+    speed_goal: float | None = 2.0
+    """None: the preset is there for its reward; its model is too small for its time to say anything of others."""
+    memory_goal: float | None = 0.5
 
     @property
     def responses(self) -> int:
@@ -77,7 +78,7 @@ PRESETS: dict[str, PpoPreset] = {
     "toy": PpoPreset(
         model="toy", trainable="full", iterations=40, batch_size=64, minibatches=2, ppo_epochs=2, new_tokens=24,
         stops_at_eos=True, learning_rate=5e-4, kl_coef=0.01, wanted=("the", "silver", "river", "sings"), runs=3,
-        tokens_per_batch=512,
+        tokens_per_batch=512, speed_goal=None, memory_goal=None,
     ),
     "toy-lora": PpoPreset(
         model="toy", trainable="lora", iterations=2, batch_size=16, minibatches=2, ppo_epochs=2, new_tokens=8,

@@ -55,9 +55,13 @@ def _line(result: PpoResult) -> str:
     scores = [median(run.last_score for run in runs) for runs in (ours, peer)]
     kl = [median(run.kl_nats[-1] for run in runs) for runs in (ours, peer)]
     start = median(run.scores[0] for run in (*ours, *peer))
+    goals = [
+        "" if goal is None else f" ({sign} {goal:g})"
+        for sign, goal in (("≥", preset.speed_goal), ("≤", preset.memory_goal))
+    ]
     return (
-        f"| `{result.name}` | {rates[0]:.2f} / {rates[1]:.2f} | {faster:.2f} × (≥ {preset.speed_goal:g}) | "
-        f"{memory[0]:.2f} / {memory[1]:.2f} GiB | {memory[0] / memory[1]:.2f} (≤ {preset.memory_goal:g}) | "
+        f"| `{result.name}` | {rates[0]:.2f} / {rates[1]:.2f} | {faster:.2f} ×{goals[0]} | "
+        f"{memory[0]:.2f} / {memory[1]:.2f} GiB | {memory[0] / memory[1]:.2f}{goals[1]} | "
         f"{start:.3f} | {scores[0]:.3f} / {scores[1]:.3f} | {kl[0]:.1f} / {kl[1]:.1f} |"
     )
 
