@@ -37,10 +37,9 @@ def hidden_states(model: PreTrainedModel, batch: TreeBatch, *, read: Tensor | No
     """
     if batch.is_packed and not supports_trees(model):
         raise ValueError(f"a {model.config.model_type!r} model takes padded rows: ask supports_trees before packing")
-    last_parts = [] if read is None else _last_parts(model)
-    if read is None or not last_parts:
+    if read is None:
         return run_backbone(model, batch)
-    with _only_at(last_parts, read.unique(), batch.input_ids_BT.shape):
+    with _only_at(_last_parts(model), read.unique(), batch.input_ids_BT.shape):
         return run_backbone(model, batch)
 
 

@@ -79,19 +79,19 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     prompts_per_batch = max(1, settings.batch_size // samples_per_prompt)
     results: dict[int, Sample] = {}
-    for start in range(0, len(order), prompts_per_batch):
-        members = order[start : start + prompts_per_batch]
-        places = [index * samples_per_prompt + k for index in members for k in range(samples_per_prompt)]
-        with summed_weights(model):
+    with summed_weights(model):
+        for start in range(0, len(order), prompts_per_batch):
+            members = order[start : start + prompts_per_batch]
+            places = [index * samples_per_prompt + k for index in members for k in range(samples_per_prompt)]
             ids_BT = _generate(
                 model, [list(prompts[index]) for index in members], settings,
                 eos_id=eos_id, pad_id=pad_id, seeds=[derive_seed(seed, "sample", place) for place in places],
             )  # fmt: skip
-        for place, row in zip(places, ids_BT, strict=True):
-            end = row.index(eos_id) + 1 if settings.stops_at_eos and eos_id in row else len(row)
-            results[place] = Sample(tuple(row[:end]), eos_id in row)
-        if on_batch is not None:
-            on_batch(len(results) // samples_per_prompt)
+            for place, row in zip(places, ids_BT, strict=True):
+                end = row.index(eos_id) + 1 if settings.stops_at_eos and eos_id in row else len(row)
+                results[place] = Sample(tuple(row[:end]), eos_id in row)
+            if on_batch is not None:
+                on_batch(len(results) // samples_per_prompt)
     return [results[place] for place in range(len(prompts) * samples_per_prompt)]
 
 
