@@ -23,6 +23,7 @@ from pipeline_lib.stages.report import ReportConfig, further_inputs
 from pipeline_lib.stages.run_config import RunConfig
 from pipeline_lib.stages.sft import selection_input
 from pipeline_lib.validation import Frozen
+from tasks.interrupts import lasting_interrupts
 from tasks.promotion import promote_winner
 from tasks.services import Services, open_services
 
@@ -50,7 +51,7 @@ def align(config: RunConfig = RunConfig(), start: RoundStart | None = None) -> A
         start: Where the run is one round of several: its number, and what it goes on from.
     """
     runtime = config.runtime
-    with open_services(runtime, experiment=config.name) as services:
+    with lasting_interrupts(), open_services(runtime, experiment=config.name) as services:
         _start_tracking(config, services, start)
         status = "FAILED"
         try:

@@ -216,10 +216,11 @@ def _load(config: str, overrides: list[str]) -> Any:
 def _flow_services(home: Path) -> Iterator[None]:
     """Hold what a flow needs while the block runs: Prefect's API, bars on the terminal, Ctrl-C that commits."""
     from flows.embedded import prefect_api
+    from tasks.interrupts import lasting_interrupts
     from tasks.progress import console
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with _interruptible(), prefect_api(home):
+    with _interruptible(), lasting_interrupts(), prefect_api(home):
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker
 
