@@ -1,4 +1,5 @@
-# Prefline with its flow: `docker build -t prefline .`, then `docker run --rm -v prefline:/home/prefline/app/.prefline prefline run smoke`.
+# Prefline with its flow: `docker build -t prefline:0.1.0 .`, then
+# `docker run --rm -v prefline:/home/prefline/app/.prefline prefline:0.1.0 run smoke`.
 FROM python:3.11-slim
 
 # An index of torch builds for another accelerator; empty: what the default index has.

@@ -55,9 +55,9 @@ bench: setup .venv-peer/.ready ## Measure against TRL (BENCH="--preset tiny" tri
 	  -c benchmarks/peer-constraints.txt trl torch transformers datasets peft accelerate
 	@touch $@
 
-bench-ppo: setup .venv-ppo-peer/.ready ## Measure PPO against the last TRL that has it (BENCH="--presets toy-lora" tries it out)
+bench-ppo: setup .venv-ppo-peer/.ready ## Measure PPO against the last TRL that has it and its memory (BENCH="--presets toy-lora": the comparison alone)
 	$(BIN)/python -m benchmarks.ppo_peer $(BENCH)
-	$(BIN)/python -m benchmarks.ppo_memory
+	$(if $(BENCH),,$(BIN)/python -m benchmarks.ppo_memory)
 
 .venv-ppo-peer/.ready: benchmarks/ppo-peer-constraints.txt
 	$(PYTHON) -m venv .venv-ppo-peer

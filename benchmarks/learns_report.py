@@ -10,8 +10,9 @@ from typing import Any
 
 from benchmarks.learns_language_report import language_part
 from benchmarks.learns_plots import LABELS
+from benchmarks.page import write_between
 
-BEGIN, END = "<!-- learns:begin -->", "<!-- learns:end -->"
+_HEADING = "## Does it learn?\n\n`python -m benchmarks.ppo_learns all`."
 Found = dict[str, Any]
 
 
@@ -21,9 +22,6 @@ def write_section(results: Path, page: Path) -> str:
     Returns:
         The generated part.
     """
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n## Does it learn?\n\n`python -m benchmarks.ppo_learns all`.\n\n{BEGIN}\n{END}\n"
     parts = []
     for name, part in _PARTS.items():
         if (results / f"{name}.json").exists():
@@ -31,9 +29,7 @@ def write_section(results: Path, page: Path) -> str:
             plot = f"![{name}]({os.path.relpath(drawn, page.parent)})" if drawn.exists() else "(Not drawn.)"
             parts.append(part(json.loads((results / f"{name}.json").read_bytes()), plot))
     generated = "\n\n".join(parts)
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{generated}\n{END}{after}", encoding="utf-8")
+    write_between(page, "learns", generated, heading=_HEADING)
     return generated
 
 

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import write_between
 from benchmarks.peers import ROOT, WORK
 from benchmarks.ppo_peer import run_process
 from benchmarks.ppo_peer_jobs import PRESETS, PpoPlan
 
 RESULTS = Path(__file__).parent / "results" / "ppo-memory" / "smollm2.json"
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- ppo-memory:begin -->", "<!-- ppo-memory:end -->"
 KINDS = ("sft", "shared", "apart")
 GOAL = 1.6
 SIZE = {"iterations": 1, "batch_size": 8, "minibatches": 1, "ppo_epochs": 2}
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen.trial:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-        write_line(result, PAGE)
+        write_between(PAGE, "ppo-memory", line(result))
     return 0 if ratio <= GOAL else 1
 
 
@@ -69,19 +69,6 @@ def line(result: dict[str, Any]) -> str:
         f"value function {peak['apart']:.2f} GiB, {peak['apart'] / peak['sft']:.2f} ×. Before a model is loaded a "
         f"process holds {held:.2f} GiB."
     )
-
-
-def write_line(result: dict[str, Any], page: Path) -> None:
-    """Write the line between the page's markers.
-
-    Raises:
-        ValueError: The page lacks the markers.
-    """
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} lacks the markers {BEGIN} and {END}")
-    before, _, rest = text.partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{line(result)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

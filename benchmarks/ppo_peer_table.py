@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import median
 
+from benchmarks.page import write_between
 from benchmarks.ppo_peer_jobs import PRESETS, PpoResult
 
-BEGIN, END = "<!-- ppo-peer:begin -->", "<!-- ppo-peer:end -->"
 _HEAD = (
     "| preset | responses/s, ours / TRL | times faster (goal) | peak memory, ours / TRL | share (goal) | "
     "mean rule at the start | after equal responses, ours / TRL | KL then (nats), ours / TRL |\n"
@@ -27,12 +27,7 @@ def write_section(results: Path, page: Path) -> str:
     found = [PpoResult.model_validate_json(path.read_bytes()) for path in results.glob("*.json")]
     order = list(PRESETS)
     generated = render(sorted(found, key=lambda result: order.index(result.name)))
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} lacks the markers {BEGIN} and {END}")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{generated}\n{END}{after}", encoding="utf-8")
+    write_between(page, "ppo-peer", generated)
     return generated
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.jobs import JOBS, PRESETS, Plan, StepsFile
+from benchmarks.jobs import JOBS, PRESETS, Plan
 from benchmarks.rows import pair_records, records
 from benchmarks.same import SEED
 from benchmarks.workbench import Workbench, rows_per_step
@@ -150,8 +150,3 @@ def _dataset(bench: Workbench, rows: Sequence[Record], splits: Sequence[Split]) 
             lines = [row.model_copy(update={"split": split}).model_dump_json() for row in rows]
             (Path(scratch) / f"{split.value}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return bench.commit(Path(scratch), kind="dataset")
-
-
-def read_steps(folder: Path) -> StepsFile:
-    """Read the rows of a job by update."""
-    return StepsFile.model_validate_json((folder / "steps.json").read_bytes())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean, median
 
+from benchmarks.page import write_between
 from pipeline_lib.validation import Frozen
 
-BEGIN, END = "<!-- rollouts:begin -->", "<!-- rollouts:end -->"
-_HEAD = (
-    "\n## Rollouts\n\n`python -m benchmarks.rollouts` measures the table below; "
-    "what the generators are: [rollouts](methods/rollouts.md).\n\n"
+_HEADING = (
+    "## Rollouts\n\n`python -m benchmarks.rollouts` measures the table below; "
+    "what the generators are: [rollouts](methods/rollouts.md)."
 )
 _PLAIN = "generate"
 _LABELS = {_PLAIN: "`model.generate`", "batched": "`batched`", "continuous": "`continuous`"}
@@ -73,14 +73,9 @@ def write_section(results: Path, page: Path) -> str:
     Returns:
         The generated part.
     """
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n{_HEAD}{BEGIN}\n{END}\n"
     found = [Result.model_validate_json(path.read_bytes()) for path in sorted(results.glob("*.json"))]
     generated = "\n\n".join(_part(result) for result in found)
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{generated}\n{END}{after}", encoding="utf-8")
+    write_between(page, "rollouts", generated, heading=_HEADING)
     return generated
 
 

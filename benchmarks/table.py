@@ -7,9 +7,9 @@ from statistics import median
 
 from benchmarks.fairness import loss_gap_frac
 from benchmarks.jobs import JOBS, JobSpec, Measured, Result
+from benchmarks.page import write_between
 from benchmarks.sweep import SweepResult
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _HEAD = (
     "| job | ours | other side | times faster (goal) | memory, ours / other | share (goal) | MFU, ours / other | "
     "last loss, ours / other |\n|---|---|---|---|---|---|---|---|"
@@ -26,12 +26,7 @@ def write_page(results: Path, page: Path) -> str:
     trained = [path for path in paths if not path.stem.endswith("-sweep")]
     sweeps = [SweepResult.model_validate_json(path.read_bytes()) for path in paths if path not in trained]
     generated = render([Result.model_validate_json(path.read_bytes()) for path in trained], sweeps)
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# Performance\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} lacks the markers {BEGIN} and {END}")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{generated}\n{END}{after}", encoding="utf-8")
+    write_between(page, "bench", generated, heading=None if page.exists() else "## Training, beside TRL")
     return generated
 
 

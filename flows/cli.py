@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -42,7 +43,7 @@ def run(config: Config, overrides: Overrides = None, home: OptionalHome = None) 
         from flows.align import align
 
         result = align(loaded)
-    print(_summary(result, seconds=time.monotonic() - started))
+    print(_summary(result, home=loaded.runtime.home, seconds=time.monotonic() - started))
 
 
 @app.command()
@@ -62,7 +63,10 @@ def iterate(
         print(f"Round {result.start.number}: {result.status.replace('_', ' ')} ({result.reason})")
         print(f"  from {result.start.model or 'the base model'} to {result.model or 'the base model again'}")
     if results[-1].model is not None:
-        print(f"Next:\n  prefline explain {results[-1].model.id[:12]}     the model's lineage, through all rounds")
+        there = _with_home(loaded.runtime.home)
+        print(
+            f"Next:\n  prefline explain {results[-1].model.id[:12]}{there}     the model's lineage, through all rounds"
+        )
 
 
 @app.command("show-config")
@@ -90,7 +94,10 @@ def diff(first: Config, second: Annotated[str, typer.Argument(help="The other co
 
 @app.command("list")
 def list_plugins(
-    kind: Annotated[str, typer.Argument(help="sources, filters, losses, gate-metrics or stages.")],
+    kind: Annotated[
+        str,
+        typer.Argument(help="sources, filters, losses, reward-losses, rewards, generators, gate-metrics or stages."),
+    ],
 ) -> None:
     """Print the plug-ins of a kind with their parameters."""
     from flows.listing import describe
@@ -145,15 +152,16 @@ def gc(
 
 
 @app.command()
-def rollback(config: Config, home: Home = DEFAULT_HOME) -> None:
+def rollback(config: Config, home: OptionalHome = None) -> None:
     """Make the former champion champion again, and bar the present one."""
     from pipeline_lib.stages.promote import roll_back
     from pipeline_lib.tracking import ModelRegistry
     from tasks.services import open_store, tracking_settings
 
-    promote_config = _load(config, []).promote
-    with open_store(home) as (storage, store):
-        registry = ModelRegistry(tracking_settings(home, storage))
+    loaded = _load(config, [])
+    promote_config, place = loaded.promote, home or loaded.runtime.home
+    with open_store(place) as (storage, store):
+        registry = ModelRegistry(tracking_settings(place, storage))
         champion = roll_back(promote_config, store=store, registry=registry)
     print(f"{promote_config.model_name}@{promote_config.alias} is {champion.model} again")
 
@@ -188,12 +196,14 @@ def up(
     from flows.served import served_presets
     from tasks.services import open_store, tracking_settings
 
-    with open_store(home) as (storage, _), prefect_api(home, port=prefect_port) as api:
+    with _interruptible(), open_store(home) as (storage, _), prefect_api(home, port=prefect_port) as api:
         settings = tracking_settings(home, storage)
         with mlflow_pages(settings, home, port=mlflow_port) as pages, served_presets(home):
             print(f"Prefect  {api.removesuffix('/api')}\nMLflow   {pages}\nS3       {storage.endpoint_url}")
             print('Ctrl-C ends them. Other terminals: eval "$(prefline env)"', flush=True)
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+            ends = {signal.SIGINT, *_ends()}
+            signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # one that is not blocked ends the process unseen
+            signal.sigwait(ends)
 
 
 @app.command()
@@ -233,21 +243,32 @@ def _flow_services(home: Path) -> Iterator[None]:
             EventsWorker.drain_all()
 
 
-class _interruptible:  # noqa: N801  (reads as a verb at its place)
-    """Turn SIGTERM into KeyboardInterrupt, so that it takes the way of Ctrl-C."""
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn SIGTERM, and a closed terminal, into KeyboardInterrupt, so that they take the way of Ctrl-C."""
+    before = {number: signal.signal(number, _raise_interrupt) for number in _ends()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, _raise_interrupt)
 
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+def _ends() -> list[signal.Signals]:
+    """Return the signals that end a command besides Ctrl-C; under `nohup` a closed terminal does not."""
+    return [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
 
 
 def _raise_interrupt(number: int, frame: object) -> None:  # noqa: ARG001
     raise KeyboardInterrupt
 
 
-def _summary(result: Any, *, seconds: float) -> str:
+def _with_home(home: Path) -> str:
+    """Return what a command needs to find a home that is not the usual one."""
+    return "" if home == DEFAULT_HOME else f" --home {shlex.quote(str(home))}"
+
+
+def _summary(result: Any, *, home: Path, seconds: float) -> str:
     promotion, verdict = result.promotion, result.verdict
     lines = ["", f"Gate: {promotion.status.replace('_', ' ')} ({promotion.reason})"]
     for candidate in verdict.candidates:
@@ -255,7 +276,7 @@ def _summary(result: Any, *, seconds: float) -> str:
         for rule in candidate.rules:
             mark = {"pass": "+", "fail": "x", "not_applicable": "-"}[rule.status]
             lines.append(f"    {mark} {rule.rule}: {rule.reason}")
-    name = f"{promotion.model_name}@{promotion.alias}"
+    name, there = f"{promotion.model_name}@{promotion.alias}", _with_home(home)
     if promotion.version is not None:
         lines += [
             f"Model:     {promotion.model_name} version {promotion.version}, alias {promotion.alias}",
@@ -264,13 +285,15 @@ def _summary(result: Any, *, seconds: float) -> str:
     lines += [f"Report:    {result.report_path}", f"Took {seconds:.0f} s.", "", "Next:"]
     if promotion.version is None:
         rejected = next(candidate for candidate in verdict.candidates)
-        lines += [f"  prefline explain {rejected.model.id[:12]}     a rejected candidate's lineage, back to its rows"]
+        lines += [
+            f"  prefline explain {rejected.model.id[:12]}{there}     a rejected candidate's lineage, back to its rows"
+        ]
     else:
         lines += [
-            f"  prefline explain models:/{name}     the model's lineage, back to its rows",
-            f'  prefline ask "What does shutil.copytree do?" --model models:/{name}',
+            f"  prefline explain models:/{name}{there}     the model's lineage, back to its rows",
+            f'  prefline ask "What does shutil.copytree do?" --model models:/{name}{there}',
         ]
-    lines += ["  prefline up                         the runs in Prefect and MLflow; start runs by form"]
+    lines += [f"  prefline up{there}                         the runs in Prefect and MLflow; start runs by form"]
     return "\n".join(lines)
 
 
@@ -293,7 +316,7 @@ def main() -> None:
         _fail(error, is_debug=is_debug)
     except KeyboardInterrupt:
         print(
-            "interrupted: training has committed a checkpoint\n"
+            "interrupted: what a stage has trained is in its last checkpoint\n"
             "  next: run the same command again, it goes on from there",
             file=sys.stderr,
         )

@@ -5,11 +5,9 @@ Prefect reads its settings when it is imported, so this runs before the first im
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,11 +17,18 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from pipeline_lib.errors import PrefectUnavailableError
+from pipeline_lib.processes import die_with_parent, free_port
+from pipeline_lib.storage.embedded import locked
 
 API_VARIABLE = "PREFECT_API_URL"
 START_DEADLINE_S = 90.0
+BUSY_S = 20.0
+"""How long a server whose process is there may take to answer."""
 
 
 def is_healthy(api_url: str, *, timeout_s: float = 2.0) -> bool:
@@ -62,19 +67,24 @@ def prefect_api(home: Path, *, port: int | None = None) -> Iterator[str]:
     prefect_home.mkdir(parents=True, exist_ok=True)
     os.environ.update(_settings(prefect_home))
     state = prefect_home / "server.json"
-    running = _running(state)
-    if running is not None:
-        os.environ[API_VARIABLE] = running
-        yield running
+    with locked(prefect_home / "start.lock"):  # of two commands that begin together one starts it
+        api_url = _running(state)
+        process = None
+        if api_url is None:
+            process, api_url = _start(home, port)
+            temporary = state.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps({"api_url": api_url, "pid": process.pid}))
+            temporary.replace(state)
+    os.environ[API_VARIABLE] = api_url
+    if process is None:
+        yield api_url
         return
-    process, api_url = _start(home, port)
     try:
-        state.write_text(json.dumps({"api_url": api_url, "pid": process.pid}))
-        os.environ[API_VARIABLE] = api_url
         yield api_url
     finally:
         os.environ.pop(API_VARIABLE, None)
-        state.unlink(missing_ok=True)
+        if _recorded(state).get("pid") == process.pid:
+            state.unlink(missing_ok=True)
         process.send_signal(signal.SIGINT)
         try:
             process.wait(15)
@@ -101,15 +111,30 @@ def pages_of(api_url: str) -> dict[str, str]:
 
 
 def _running(state: Path) -> str | None:
-    try:
-        api_url = str(json.loads(state.read_text())["api_url"])
-    except (OSError, ValueError, KeyError):
+    """Return the address of this home's server; one that is busy is asked for a while, one that is gone is not."""
+    recorded = _recorded(state)
+    if not recorded:
         return None
-    return api_url if is_healthy(api_url) else None
+    deadline, pause = time.monotonic() + BUSY_S, threading.Event()
+    while not is_healthy(recorded["api_url"]):
+        if not psutil.pid_exists(recorded["pid"]) or time.monotonic() > deadline:
+            return None
+        pause.wait(0.1)
+    api_url: str = recorded["api_url"]
+    return api_url
+
+
+def _recorded(state: Path) -> dict[str, Any]:
+    """Return what is written of a running server: `api_url` and `pid`; empty where nothing is."""
+    try:
+        recorded = json.loads(state.read_text())
+        return {"api_url": str(recorded["api_url"]), "pid": int(recorded["pid"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _start(home: Path, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
-    chosen = port or _free_port()
+    chosen = port or free_port()
     logs = home.absolute() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log_path = logs / "prefect.log"
@@ -118,7 +143,7 @@ def _start(home: Path, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, **pages_of(api_url)}, preexec_fn=_die_with_parent,
+            env={**os.environ, **pages_of(api_url)}, preexec_fn=die_with_parent,
         )  # fmt: skip
     deadline, pause = time.monotonic() + START_DEADLINE_S, threading.Event()
     while not is_healthy(api_url):
@@ -131,14 +156,3 @@ def _start(home: Path, port: int | None) -> tuple[subprocess.Popen[bytes], str]:
             )
         pause.wait(0.1)
     return process, api_url
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline_lib.errors import ConfigError
+from pipeline_lib.processes import die_with_parent
 from pipeline_lib.storage.embedded import EmbeddedS3
 from pipeline_lib.tracking import TrackingSettings
 
@@ -34,8 +35,9 @@ def mlflow_pages(settings: TrackingSettings, home: Path, *, port: int) -> Iterat
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (home / "logs" / "mlflow.log").open("ab") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

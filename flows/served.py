@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.pages import end_group
+from pipeline_lib.processes import die_with_parent
 
 PRESETS = ("smoke", "demo", "hh-rlhf")
 """Configurations that a form starts out with."""
@@ -23,7 +24,7 @@ def served_presets(home: Path) -> Iterator[None]:
     with (home / "logs" / "served.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.served", str(home.absolute())],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
     try:
         yield

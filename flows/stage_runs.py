@@ -6,6 +6,7 @@ from prefect.client.schemas.objects import State
 from pydantic import BaseModel
 
 from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.stages.child import end_children
 from tasks.services import Services
 from tasks.stage_task import run_stage
 
@@ -37,4 +38,10 @@ class Stages:
             name: run_stage.submit(stage, config, inputs, self.services, name)
             for name, (stage, config, inputs) in jobs.items()
         }
-        return {name: future.result() for name, future in futures.items()}
+        try:
+            return {name: future.result() for name, future in futures.items()}
+        except Exception:
+            raise  # one stage failed; the others go on
+        except BaseException:
+            end_children()  # the interrupt is this thread's: those that wait for the stages never see it
+            raise

@@ -12,7 +12,7 @@ import textwrap
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -31,7 +31,7 @@ from pipeline_lib.training.rewards import REWARD_SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOTE = "<!-- Written by `make docs` from the code. Change the code, not this page. -->"
-_LONGEST_DEFAULT = 60
+_LONGEST_DEFAULT = 90
 
 _CONFIGURATION_HEAD = f"""\
 {_NOTE}
@@ -69,10 +69,10 @@ Whatever ends a run says two lines: what was wrong and where, and what to do nex
 with the code below; `--debug` adds the stack trace. Nothing is left half-written: a result is
 committed as a whole or not at all, so the same command may always be run again.
 
-"Again" says whether the same may succeed later with nothing changed; the tasks of the flow try such
-an error twice more by themselves.
+"Retried" says whether the tasks of the flow try such an error twice more by themselves: those that may be gone
+with nothing changed.
 
-| exit code | name | meaning | again |
+| exit code | name | meaning | retried |
 |---|---|---|---|
 """
 
@@ -133,8 +133,8 @@ def errors_page() -> str:
     lines = list(_ERRORS_OF_THE_COMMAND_LINE.items())
     for cls in classes:
         meaning = "A defect of the program." if cls is PipelineError else _doc(cls)
-        again = "yes" if cls.is_transient else "no"
-        lines.append((cls.exit_code, f"| {cls.exit_code} | `{cls.code}` | {_cell(meaning)} | {again} |"))
+        is_retried = "yes" if cls.is_transient else "no"
+        lines.append((cls.exit_code, f"| {cls.exit_code} | `{cls.code}` | {_cell(meaning)} | {is_retried} |"))
     return _ERRORS_HEAD + "\n".join(line for _, line in sorted(lines)) + "\n" + _ERRORS_TAIL
 
 
@@ -176,7 +176,8 @@ def _rows(model: type[BaseModel], prefix: str, defaults: BaseModel | None) -> It
             continue
         is_list = get_origin(field.annotation) is tuple
         inner = None if is_list else _default_of(name, field, defaults)
-        if is_list or _is_optional(field) or not isinstance(inner, BaseModel):
+        is_read_first = bool(field.metadata)  # e.g. a name that stands for the section
+        if is_list or is_read_first or _is_optional(field) or not isinstance(inner, BaseModel):
             yield _row(prefix + name, field, defaults)
         yield from _rows(
             nested, f"{prefix}{name}{'[]' if is_list else ''}.", inner if isinstance(inner, BaseModel) else None
@@ -216,7 +217,8 @@ def _shown(value: Any, *, is_required: bool) -> str:
     if isinstance(value, tuple) and value and all(isinstance(entry, dict) and "name" in entry for entry in value):
         return _cell("all of: " + ", ".join(f"`{entry['name']}`" for entry in value))
     text = json.dumps(value, ensure_ascii=False)
-    return f"`{_cell(text)}`" if len(text) <= _LONGEST_DEFAULT else "a list, see the code"
+    kind = {str: "a text", dict: "a mapping"}.get(type(value), "a list")
+    return f"`{_cell(text)}`" if len(text) <= _LONGEST_DEFAULT else f"{kind}, see the code"
 
 
 def _bounds(field: FieldInfo) -> str:
@@ -238,6 +240,8 @@ def _type_in_words(annotation: Any) -> str:
     variants = _models_in(annotation)
     if len(variants) > 1 and origin is not dict:
         return " or ".join(f"`{variant.model_fields['name'].default}`" for variant in variants)
+    if origin is Annotated:
+        return _type_in_words(arguments[0])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):

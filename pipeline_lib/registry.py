@@ -44,6 +44,15 @@ class Table(Mapping[str, type[BaseModel]]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def complete(self, spec: Mapping[str, Any]) -> PluginSpec:
+        """Check what describes a plug-in and write its defaults out, so that a stage key sees them.
+
+        Raises:
+            ConfigError: As `build`.
+        """
+        plugin: BaseModel = self.build(spec)
+        return {"name": spec["name"], **plugin.model_dump(mode="json")}
+
     def build(self, spec: Mapping[str, Any]) -> Any:
         """Build the plug-in that `{"name": ..., **parameters}` describes.
 

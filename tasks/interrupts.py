@@ -2,7 +2,8 @@
 
 A signal's exception (Ctrl-C, or Prefect's for SIGTERM) is raised wherever the main thread happens to be. In a
 destructor, a weak reference's callback or a type check inside pydantic's serializer, Python prints and forgets
-it: a run that was told to end would go on.
+it: a run that was told to end would go on. Imports no Prefect: the command line comes here before it has said
+where Prefect's server is, and Prefect reads that once.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from prefect.exceptions import TerminationSignal
 
 _AGAIN_AFTER_S = 0.1
 """Seconds until a forgotten signal is sent again: long enough to have left what forgot it."""
@@ -45,6 +44,7 @@ def _signal_of(error: BaseException | None) -> int | None:
     """Return the signal whose exception this is, if it is one's."""
     if isinstance(error, KeyboardInterrupt):
         return signal.SIGINT
-    if isinstance(error, TerminationSignal):
+    prefect = sys.modules.get("prefect.exceptions")  # where that was never imported, its exception was never raised
+    if prefect is not None and isinstance(error, prefect.TerminationSignal):
         return int(error.signal)
     return None

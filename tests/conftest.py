@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from pipeline_lib.storage.embedded import EmbeddedS3
@@ -15,6 +16,13 @@ from pipeline_lib.storage.store import ArtifactStore
 
 if TYPE_CHECKING:
     from tests.toy import World
+
+
+# A machine that is busy with something else makes no example wrong.
+hypothesis.settings.register_profile(
+    "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.gate_metrics import GATE_METRICS
@@ -23,13 +23,7 @@ from pipeline_lib.validation import Frozen
 CHAMPION = "champion"
 
 
-def _complete(spec: PluginSpec) -> PluginSpec:
-    """Check the metric and write its defaults out, so that the stage key sees them."""
-    plugin: BaseModel = GATE_METRICS.build(spec)
-    return {"name": spec["name"], **plugin.model_dump(mode="json")}
-
-
-MetricSpec = Annotated[PluginSpec, AfterValidator(_complete)]
+MetricSpec = Annotated[PluginSpec, AfterValidator(GATE_METRICS.complete)]
 
 
 class Rule(Frozen):

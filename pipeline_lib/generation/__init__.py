@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator
 
 from pipeline_lib.generation.contract import Generator, GeneratorSettings, Policy
 from pipeline_lib.registry import PluginSpec, Table
@@ -21,13 +21,7 @@ GENERATORS = Table(
 )
 
 
-def _complete(spec: PluginSpec) -> PluginSpec:
-    """Check a generator and write its defaults out, so that the stage key sees them."""
-    plugin: BaseModel = GENERATORS.build(spec)
-    return {"name": spec["name"], **plugin.model_dump(mode="json")}
-
-
-GeneratorSpec = Annotated[PluginSpec, AfterValidator(_complete)]
+GeneratorSpec = Annotated[PluginSpec, AfterValidator(GENERATORS.complete)]
 """A generator in a configuration: `{name: ..., parameter: value}`."""
 
 

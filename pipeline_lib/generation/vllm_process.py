@@ -117,11 +117,19 @@ class VllmProcess:
 def _watched(started: set[psutil.Process]) -> subprocess.Popen[bytes] | None:
     """Have the processes that vLLM has started ended when this one is, and be it by SIGKILL."""
     # Python's own helper, which every process of multiprocessing has, ends by itself and cleans up when it does.
-    engines = [str(one.pid) for one in started if not any("resource_tracker" in word for word in one.cmdline())]
+    engines = [str(one.pid) for one in started if not _is_helper(one)]
     if not engines:
         return None
     script = Path(__file__).with_name("vllm_watch.py")
     return subprocess.Popen([sys.executable, str(script), *engines], stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _is_helper(process: psutil.Process) -> bool:
+    """Tell whether a process is Python's resource tracker, or has ended."""
+    try:
+        return any("resource_tracker" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie's error is one of these
+        return True
 
 
 def _require_reloadable(version: Version) -> None:

@@ -13,13 +13,24 @@ import psutil
 
 def main() -> None:
     """Wait until standard input ends, which the starter holds open; then end the processes of the command line."""
-    engines = [psutil.Process(int(number)) for number in sys.argv[1:]]
+    engines = []
+    for number in sys.argv[1:]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engines.append(psutil.Process(int(number)))
     sys.stdin.buffer.read()
     for engine in engines:
-        # A number that another process has by now is no longer ours: psutil says so.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [*engine.children(recursive=True), engine]:
+        for process in [*_children(engine), engine]:
+            # A number that another process has by now is no longer ours: psutil says so.
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _children(engine: psutil.Process) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = engine.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
 
 
 if __name__ == "__main__":

@@ -122,51 +122,6 @@ def smoothed_nll(token_logp_N: Tensor, mean_logp_N: Tensor, *, label_smoothing: 
     return -(1 - label_smoothing) * token_logp_N - label_smoothing * mean_logp_N
 
 
-def full_kl_from_hidden(
-    hidden_ND: Tensor,
-    head_weight_VD: Tensor,
-    ref_hidden_ND: Tensor,
-    ref_head_weight_VD: Tensor,
-    *,
-    head_bias_V: Tensor | None = None,
-    ref_head_bias_V: Tensor | None = None,
-    chunk_tokens: int,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-) -> Tensor:
-    """Compute KL(policy || reference) = sum_v p_v (log p_v - log q_v) at each token, in chunks.
-
-    The gradient goes to the policy's hidden states and head alone. Widths may differ, vocabularies not.
-
-    Args:
-        hidden_ND: The policy's last hidden states of the positions that predict tokens.
-        head_weight_VD: Its head.
-        ref_hidden_ND: The reference's hidden states at the same positions.
-        ref_head_weight_VD: Its head.
-        head_bias_V: The policy's bias.
-        ref_head_bias_V: The reference's bias.
-        chunk_tokens: C.
-        temperature: Divides both models' logits.
-        softcap: The policy's cap on its logits, where it has one.
-        ref_softcap: The reference's.
-
-    Returns:
-        `(N,)`, nats, float32 or float64.
-
-    Raises:
-        ValueError: The shapes do not fit, or the temperature, a cap or the chunk is not above 0.
-    """
-    how, ref_how = (LogitsFrom(chunk_tokens, temperature, cap) for cap in (softcap, ref_softcap))
-    _check(hidden_ND, head_weight_VD, head_bias_V, how)
-    _check(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, ref_how)
-    _check_alike(hidden_ND, head_weight_VD, ref_hidden_ND, ref_head_weight_VD)
-    with torch.no_grad():
-        reference = ChunkedHead(ref_hidden_ND, ref_head_weight_VD, ref_head_bias_V, ref_how)
-    kl_N, _ = per_token(hidden_ND, head_weight_VD, head_bias_V, _FullKl(reference, ref_hidden_ND.detach()), how)
-    return kl_N
-
-
 @dataclass(frozen=True)
 class HeadStates:
     """A model's last hidden states at the positions that predict tokens, and what makes logits of them."""
@@ -176,6 +131,32 @@ class HeadStates:
     bias_V: Tensor | None = None
     softcap: float | None = None
     """The model's cap on its logits, where it has one."""
+
+
+def full_kl_from_hidden(
+    policy: HeadStates, reference: HeadStates, *, chunk_tokens: int, temperature: float = 1.0
+) -> Tensor:
+    """Compute KL(policy || reference) = sum_v p_v (log p_v - log q_v) at each token, in chunks.
+
+    The gradient goes to the policy's hidden states and head alone. Widths may differ, vocabularies not.
+
+    Args:
+        policy: States of the positions that predict tokens.
+        reference: Those of the same positions.
+        chunk_tokens: C.
+        temperature: Divides both models' logits.
+
+    Returns:
+        `(N,)`, nats, float32 or float64.
+
+    Raises:
+        ValueError: The shapes do not fit, or the temperature, a cap or the chunk is not above 0.
+    """
+    how, ref_how = _checked_alike(policy, reference, chunk_tokens, temperature)
+    with torch.no_grad():
+        ref_head = ChunkedHead(reference.hidden_ND, reference.weight_VD, reference.bias_V, ref_how)
+    of_chunk = _FullKl(ref_head, reference.hidden_ND.detach())
+    return per_token(policy.hidden_ND, policy.weight_VD, policy.bias_V, of_chunk, how)[0]
 
 
 class Compared(NamedTuple):
@@ -208,10 +189,7 @@ def compare_from_hidden(
     Raises:
         ValueError: The shapes do not fit, or the temperature, a cap or the chunk is not above 0.
     """
-    how, ref_how = (LogitsFrom(chunk_tokens, temperature, model.softcap) for model in (policy, reference))
-    for model, its_how in ((policy, how), (reference, ref_how)):
-        _check(model.hidden_ND, model.weight_VD, model.bias_V, its_how, labels_N=labels_N)
-    _check_alike(policy.hidden_ND, policy.weight_VD, reference.hidden_ND, reference.weight_VD)
+    how, ref_how = _checked_alike(policy, reference, chunk_tokens, temperature, labels_N=labels_N)
     head = ChunkedHead(policy.hidden_ND, policy.weight_VD, policy.bias_V, how)
     ref_head = ChunkedHead(reference.hidden_ND, reference.weight_VD, reference.bias_V, ref_how)
     rows = [policy.hidden_ND.new_empty((0, 4), dtype=torch.promote_types(policy.hidden_ND.dtype, torch.float32))]
@@ -290,12 +268,21 @@ def _check(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: Log
         raise ValueError(f"temperature {how.temperature}{capped} and chunk_tokens {how.chunk_tokens} must be above 0")
 
 
-def _check_alike(hidden_ND: Tensor, weight_VD: Tensor, ref_hidden_ND: Tensor, ref_weight_VD: Tensor) -> None:
-    if hidden_ND.shape[0] != ref_hidden_ND.shape[0] or weight_VD.shape[0] != ref_weight_VD.shape[0]:
+def _checked_alike(
+    policy: HeadStates, reference: HeadStates, chunk_tokens: int, temperature: float, **per_token_N: Tensor
+) -> tuple[LogitsFrom, LogitsFrom]:
+    """Return how the logits of two models are made, once their shapes are known to fit together."""
+    how, ref_how = (LogitsFrom(chunk_tokens, temperature, model.softcap) for model in (policy, reference))
+    for model, its_how in ((policy, how), (reference, ref_how)):
+        _check(model.hidden_ND, model.weight_VD, model.bias_V, its_how, **per_token_N)
+    tokens, ref_tokens = (model.hidden_ND.shape[0] for model in (policy, reference))
+    words, ref_words = (model.weight_VD.shape[0] for model in (policy, reference))
+    if tokens != ref_tokens or words != ref_words:
         raise ValueError(
-            f"policy and reference must have as many tokens and words: {hidden_ND.shape[0]} and "
-            f"{ref_hidden_ND.shape[0]} tokens, {weight_VD.shape[0]} and {ref_weight_VD.shape[0]} words"
+            f"policy and reference must have as many tokens and words: {tokens} and {ref_tokens} tokens, "
+            f"{words} and {ref_words} words"
         )
+    return how, ref_how
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

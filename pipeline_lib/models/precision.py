@@ -8,6 +8,8 @@ import torch
 
 from pipeline_lib.models.settings import Precision
 
+_CPUINFO = Path("/proc/cpuinfo")
+
 
 def default_device() -> torch.device:
     """Return the GPU where there is one, else the CPU."""
@@ -27,7 +29,13 @@ def resolve_dtype(precision: Precision) -> torch.dtype:
     return torch.float32
 
 
+def slow_precision(precision: Precision) -> str | None:
+    """Say in one line that the format asked for has no instructions here; None where it has, or none was asked for."""
+    if precision != "bf16" or torch.cuda.is_available() or _cpu_multiplies_bf16():
+        return None
+    return "precision: bf16 is emulated on this processor, ten times slower than fp32 or worse; `auto` takes fp32 here"
+
+
 def _cpu_multiplies_bf16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    flags = _CPUINFO.read_text() if _CPUINFO.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -90,9 +90,6 @@ AdapterSettings = Annotated[
 ]
 """Which few weights are trained; a section without a name is LoRA's."""
 
-ADAPTERS: tuple[type[Frozen], ...] = (LoraSettings, QloraSettings, Ia3Settings, PrefixSettings, PromptSettings)
-"""All of them, for listings and documentation."""
-
 
 def can_share(settings: AdapterSettings | None) -> bool:
     """Tell whether an adapter only adds to a layer's output, so that several can stand on one layer."""

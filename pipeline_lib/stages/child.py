@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 from pipeline_lib import errors
 from pipeline_lib.errors import ChildDiedError, MemoryLimitError, PipelineError
 from pipeline_lib.schema import ArtifactRef
+from pipeline_lib.storage.lease import STARTER_VARIABLE
 from pipeline_lib.training.job import main
 
 if TYPE_CHECKING:
     from pipeline_lib.stages.contract import Events
     from pipeline_lib.stages.execute import Job
 
-GRACE_S = 30.0
-"""Seconds a child has to commit a checkpoint after SIGTERM."""
+GRACE_S = 300.0
+"""Seconds a child has to commit a checkpoint after SIGTERM: one of many gigabytes is uploaded and read back."""
 _PRELOADED = ["pipeline_lib.training.preload"]
 _LOG_TAIL_BYTES = 1500
+_running: set[BaseProcess] = set()
 
 
 def run_in_child(job: Job, *, key: str, events: Events) -> ArtifactRef:
@@ -48,22 +50,32 @@ def run_in_child(job: Job, *, key: str, events: Events) -> ArtifactRef:
     here, there = context.Pipe(duplex=False)
     child = context.Process(
         target=main,
-        args=(job.model_dump_json(), there, str(log_path), {**os.environ, "PREFLINE_FLOW_PID": str(os.getpid())}),
+        args=(job.model_dump_json(), there, str(log_path), {**os.environ, STARTER_VARIABLE: str(os.getpid())}),
         name=f"prefline-{job.stage}",
     )
-    child.start()
-    there.close()
     try:
+        child.start()
+        there.close()
+        _running.add(child)
         last = _listen(here, events)
         child.join()
     except BaseException:
+        here.close()  # nobody reads any more: a child that waits for room in the pipe could commit nothing
         _end(child)
         raise
+    finally:
+        _running.discard(child)
     if "artifact" in last:
         return ArtifactRef.model_validate(last["artifact"])
     if "error" in last:
         raise _as_error(last["error"])
     raise _died(job.stage, child.exitcode or 0, log_path)
+
+
+def end_children() -> None:
+    """Ask every stage that runs in a child of this process to end; whoever waits for one hears that it was stopped."""
+    for child in tuple(_running):
+        child.terminate()
 
 
 def _listen(pipe: Connection, events: Events) -> dict[str, Any]:

@@ -44,10 +44,9 @@ class CollectConfig(Frozen):
         complete = []
         for spec in specs:
             try:
-                plugin = SOURCES.build(spec)
+                complete.append(SOURCES.complete(spec))
             except ConfigError as error:
                 raise ValueError(error.cause) from error
-            complete.append({"name": spec["name"], **plugin.model_dump(mode="json")})
         return tuple(complete)
 
 

@@ -61,6 +61,7 @@ def run(config: ConditionalConfig, inputs: Inputs, context: StageContext) -> Sta
     rows = stage.read_records(context, inputs["dataset"], Split.POLICY)
     trees = [tree for record in rows for tree in conditioned.trees(record)]
     stage.require_rows(trees, "answers of which it is known how good they are", Split.POLICY)
+    truncated_frac = stage.require_whole_answers(trees, config, encoder, context)
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
     recipe = SftRecipe(
@@ -72,7 +73,7 @@ def run(config: ConditionalConfig, inputs: Inputs, context: StageContext) -> Sta
     facts = {"dtype": str(dtype), "conditioning": config.conditioning.name, "rows": len(recipe.plan.trees)}
     metrics = stage.write_supervised(policy, series, conditioned.chat, context, facts)
     conditioned.chat.write_template(context.workdir / "model")
-    return StageOutput("model", context.workdir, dict(metrics))
+    return StageOutput("model", context.workdir, {**metrics, "truncated_frac": truncated_frac})
 
 
 def conditioned_encoder(config: ConditionalConfig, encoder: Encoder) -> HindsightEncoder | ClassEncoder:

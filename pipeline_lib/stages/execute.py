@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from pydantic import BaseModel
 
 from pipeline_lib.config import stage_key
 from pipeline_lib.errors import PipelineError
@@ -111,6 +112,7 @@ def run_here(job: Job, *, store: ArtifactStore, events: Events, should_stop: Cal
                 store=store, workdir=scratch / "output", events=events, checkpoints=checkpoints,
                 checkpoint_every_s=job.checkpoint_every_s, should_stop=should_stop, is_sharded=job.is_sharded,
             )  # fmt: skip
+            _warn_of_format(config, events)
             output = spec.run(config, job.inputs, context)
             assert isinstance(output, StageOutput)
             kill_point(job.stage, "before_commit")
@@ -166,6 +168,16 @@ def _use_own_gpu() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["RANK"]) % torch.cuda.device_count())
+
+
+def _warn_of_format(config: BaseModel, events: Events) -> None:
+    """Say so where the configured number format is slow here, before hours go by."""
+    precision = getattr(config, "precision", None)
+    if precision is not None:
+        from pipeline_lib.models.precision import slow_precision  # noqa: PLC0415  (torch)
+
+        if (warning := slow_precision(precision)) is not None:
+            events.log(warning)
 
 
 class _Silent:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from pipeline_lib.storage.lease import STARTER_VARIABLE
+
 KILL_VARIABLE = "PREFLINE_KILL_AT"
 """`stage:point`, e.g. `sft:before_commit` or `ppo:step-3`."""
 FLOW_VARIABLE = "PREFLINE_KILL_FLOW"
@@ -16,5 +18,5 @@ def kill_point(stage: str, point: str) -> None:
     if os.environ.get(KILL_VARIABLE) != f"{stage}:{point}":
         return
     if FLOW_VARIABLE in os.environ:
-        os.kill(int(os.environ["PREFLINE_FLOW_PID"]), signal.SIGKILL)
+        os.kill(int(os.environ[STARTER_VARIABLE]), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -84,10 +84,9 @@ class FilterConfig(Frozen):
         complete = []
         for spec in specs:
             try:
-                plugin = FILTERS.build(spec)
+                complete.append(FILTERS.complete(spec))
             except ConfigError as error:
                 raise ValueError(error.cause) from error
-            complete.append({"name": spec["name"], **plugin.model_dump(mode="json")})
         return tuple(complete)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from pipeline_lib.config import PRESETS, find_config, read_yaml
+from pipeline_lib.config import PRESETS, read_yaml
 from pipeline_lib.errors import ConfigError
 from pipeline_lib.evaluation.evidence import Evidence
 from pipeline_lib.evaluation.gate import CHAMPION, GatePolicy, decide
 from pipeline_lib.schema import ExampleResult
 from pipeline_lib.stages.contract import Inputs, StageContext, StageOutput
-from pipeline_lib.validation import Frozen, validate
+from pipeline_lib.validation import Frozen, did_you_mean, validate
 
 VERSION = 2
 
@@ -23,8 +24,13 @@ def _resolve(value: Any) -> Any:
     """Read a policy's file, so that its content and not its name is in the stage key."""
     if not isinstance(value, str):
         return value
-    path = PRESETS / "gates" / f"{value}.yaml"
-    path = path if path.is_file() else find_config(value)
+    named = {path.stem: path for path in (PRESETS / "gates").glob("*.yaml")}
+    path = named.get(value, Path(value))
+    if not path.is_file():
+        raise ConfigError(
+            f"gate.policy = {value!r} is no file and no policy of that name{did_you_mean(value, list(named))}",
+            next_step=f"use one of: {', '.join(sorted(named))}; or give the path of a YAML file",
+        )
     return validate(GatePolicy, read_yaml(path), where=str(path))
 
 

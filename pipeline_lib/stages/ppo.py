@@ -19,7 +19,7 @@ from pipeline_lib.training.settings import PpoSettings
 if TYPE_CHECKING:
     from pipeline_lib.text.encode import Encoder
 
-VERSION = 5
+VERSION = 6
 
 
 class PpoConfig(PpoSettings, ScoredSettings):

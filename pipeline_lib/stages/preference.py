@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
 from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.registry import PluginSpec
@@ -17,18 +17,14 @@ from pipeline_lib.training.settings import OfflineSettings
 VERSION = 5
 
 
-def _complete(spec: PluginSpec) -> PluginSpec:
-    """Check the loss and write its defaults out, so that the stage key sees them."""
-    plugin: BaseModel = PREFERENCE_LOSSES.build(spec)
-    return {"name": spec["name"], **plugin.model_dump(mode="json")}
-
-
 class PreferenceConfig(OfflineSettings):
     """Preference fine-tuning of the SFT model, which is its own reference."""
 
     method: Literal["preference"] = "preference"
     """The method of this candidate."""
-    loss: Annotated[PluginSpec, AfterValidator(_complete)] = Field({"name": "dpo"}, validate_default=True)
+    loss: Annotated[PluginSpec, AfterValidator(PREFERENCE_LOSSES.complete)] = Field(
+        {"name": "dpo"}, validate_default=True
+    )
     """The objective and its parameters; `prefline list losses` prints them all."""
     start_from: Name = "sft"
     """The model that is trained, and the reference: `sft`, another candidate by name, or `base` for losses
@@ -48,7 +44,7 @@ class PreferenceConfig(OfflineSettings):
         """Return how the reference scores the rows that this stage trains on."""
         return ReferenceLogpsConfig(
             max_prompt_tokens=self.max_prompt_tokens, max_response_tokens=self.max_response_tokens,
-            precision=self.precision, with_mismatched=self.objective.form == "unpaired",
+            precision=self.model_precision, with_mismatched=self.objective.form == "unpaired",
         )  # fmt: skip
 
 
@@ -69,6 +65,7 @@ def run(config: PreferenceConfig, inputs: Inputs, context: StageContext) -> Stag
         stage.read_records(context, inputs["dataset"], Split.POLICY), encoder, with_rated=objective.form == "unpaired"
     )
     stage.require_rows(list(rows.trees), "comparisons", Split.POLICY)
+    truncated_frac = stage.require_whole_answers(rows.trees, config, encoder, context)
     reference = _reference(inputs, context) if config.needs_reference else None
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
@@ -89,7 +86,8 @@ def run(config: PreferenceConfig, inputs: Inputs, context: StageContext) -> Stag
     }
     stage.write_facts(context.workdir, facts)
     names = [name for name in ("loss", "accuracy_frac", "log_ratio_margin_nats") if name in series[-1]]
-    return StageOutput("model", context.workdir, {f"last_{name}": stage.tail_mean(series, name) for name in names})
+    metrics = {f"last_{name}": stage.tail_mean(series, name) for name in names}
+    return StageOutput("model", context.workdir, {**metrics, "truncated_frac": truncated_frac})
 
 
 def _reference(inputs: Inputs, context: StageContext) -> dict[str, tuple[float, ...]]:

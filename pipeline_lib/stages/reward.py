@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
 from pipeline_lib.data.selection import RowSelection
 from pipeline_lib.errors import DataError
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 VERSION = 5
 
 
-def _complete(spec: PluginSpec) -> PluginSpec:
-    """Check the loss and write its defaults out, so that the stage key sees them."""
-    plugin: BaseModel = REWARD_LOSSES.build(spec)
-    return {"name": spec["name"], **plugin.model_dump(mode="json")}
-
-
 class RewardConfig(OfflineSettings):
     """Reward-model training."""
 
@@ -42,7 +36,7 @@ class RewardConfig(OfflineSettings):
         **TrainingSettings.renamed_keys, "centring": "'loss' (name: bradley_terry, centring: …)",
     }  # fmt: skip
 
-    loss: Annotated[PluginSpec, AfterValidator(_complete)] = Field(
+    loss: Annotated[PluginSpec, AfterValidator(REWARD_LOSSES.complete)] = Field(
         {"name": "bradley_terry", "centring": 0.01}, validate_default=True
     )
     """The objective and its parameters; `prefline list reward-losses` prints them all."""
@@ -76,6 +70,8 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
     train_rows = stage.require_rows(config.rows.mixed(comparisons, seed=config.seed), _what(config), Split.REWARD)
     held_out = config.rows.own(_comparisons(context, inputs, Split.REWARD_TEST))
     test_rows = stage.require_rows(held_out, _what(config), Split.REWARD_TEST)[: config.max_test_rows]
+    train_trees = [encoder.tree(row) for row in train_rows]
+    truncated_frac = stage.require_whole_answers(train_trees, config, encoder, context)
     samples = _reference_samples(config, inputs, context, directory, encoder)
     demonstrations = _demonstrations(config, inputs, context, encoder)
     trained, layout = _model(config, directory, encoder, samples)
@@ -83,7 +79,7 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
     if config.safety is not None and not any(label.is_safe for label in labels.values()):
         raise _nothing_is_labelled(config.safety)
     recipe = RewardRecipe(
-        trained, DataPlan.of([encoder.tree(row) for row in train_rows], config), layout,
+        trained, DataPlan.of(train_trees, config), layout,
         objective=REWARD_LOSSES.build(config.loss), labels=labels, safety=config.safety,
     )  # fmt: skip
     series = stage.train(recipe, config, context, metric_prefix="reward")
@@ -107,7 +103,8 @@ def run(config: RewardConfig, inputs: Inputs, context: StageContext) -> StageOut
         "mixed_in_frac": 1 - len(config.rows.own(train_rows)) / len(train_rows),
     }
     stage.write_facts(context.workdir, facts)
-    return StageOutput("reward_model", context.workdir, figures | {"last_loss": stage.tail_mean(series, "loss")})
+    figures |= {"last_loss": stage.tail_mean(series, "loss"), "truncated_frac": truncated_frac}
+    return StageOutput("reward_model", context.workdir, figures)
 
 
 def _nothing_is_labelled(safety: Safety) -> DataError:

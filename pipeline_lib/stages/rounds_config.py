@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.models.settings import AdapterSettings, LoraSettings
 from pipeline_lib.registry import PluginSpec
 from pipeline_lib.stages.labels import JudgeLabels, Labels, LabelsConfig, PeopleLabels, RewardModelLabels
@@ -35,6 +36,8 @@ class RoundsSettings(OfflineSettings):
     """Sampling temperature of each round; the last one holds for all further rounds."""
     start_from: Name = "sft"
     """The model of the first round: `sft`, `base`, or another candidate by name."""
+    max_truncated_frac: float = Field(1.0, ge=0, le=1)
+    """Share of responses without an end, at most: those that the model did not end within `sampling.max_new_tokens`."""
     labels: Labels = Field(RewardModelLabels(), title="Labels")
     """Who says in each round which response is better: the reward model, a judge, or people."""
 
@@ -137,11 +140,6 @@ class SdfConfig(RejectionSettings):
         return self
 
 
-def _complete(spec: PluginSpec) -> PluginSpec:
-    """Check the loss and write its defaults out, so that the stage key sees them."""
-    return PreferenceConfig(loss=spec).loss
-
-
 class IteratedDpoConfig(RoundsSettings):
     """Iterated DPO: the present model's own responses, ranked by the reward model, a judge or people, are its pairs.
 
@@ -150,7 +148,9 @@ class IteratedDpoConfig(RoundsSettings):
 
     method: Literal["iterated_dpo"] = "iterated_dpo"
     """The method of this candidate."""
-    loss: Annotated[PluginSpec, AfterValidator(_complete)] = Field({"name": "dpo"}, validate_default=True)
+    loss: Annotated[PluginSpec, AfterValidator(PREFERENCE_LOSSES.complete)] = Field(
+        {"name": "dpo"}, validate_default=True
+    )
     """The objective and its parameters, any of `prefline list losses`."""
     compared: Compared = "best_and_worst"
     """Compare the best response of a prompt with the worst, or all of them."""

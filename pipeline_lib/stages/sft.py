@@ -98,6 +98,7 @@ def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput
     ]
     if config.train_on == "last_assistant_turn":
         trees = [replace(tree, prompt_counts=(False,) * len(tree.prompt_ids)) for tree in trees]
+    truncated_frac = stage.require_whole_answers(trees, config, encoder, context)
     dtype = dtype_for(config)
     policy = prepare(load_causal_model(directory, dtype=dtype), directory, config, seed=config.seed)
     layout = stage.layout_for(encoder, config, is_packed=policy.is_packed)
@@ -115,7 +116,7 @@ def run(config: SftConfig, inputs: Inputs, context: StageContext) -> StageOutput
     held_out_scores = [row["held_out_score"] for row in series if "held_out_score" in row]
     if held_out_scores:
         metrics["best_held_out_score"] = max(held_out_scores)
-    return StageOutput("model", context.workdir, dict(metrics))
+    return StageOutput("model", context.workdir, {**metrics, "truncated_frac": truncated_frac})
 
 
 def _selection(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -14,11 +14,11 @@ from pipeline_lib.schema import ArtifactRef, Record, Split
 from pipeline_lib.stages.contract import StageContext
 from pipeline_lib.stages.faults import kill_point
 from pipeline_lib.text.chat_template import ChatTokenizer
-from pipeline_lib.text.encode import Encoder
+from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.training.critic import Normalization
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
 from pipeline_lib.training.recipe import Recipe
-from pipeline_lib.training.settings import TrainingSettings
+from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
 from pipeline_lib.training.trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -87,6 +87,43 @@ def require_prompt_texts(records: list[Record]) -> list[Record]:
 def encoder_for(directory: Path, settings: TrainingSettings, *, max_response_tokens: int) -> Encoder:
     """Return the encoder of a model folder's tokenizer with a stage's length limits."""
     return Encoder(ChatTokenizer.load(directory), settings.max_prompt_tokens, max_response_tokens)
+
+
+def require_whole_answers(
+    trees: Sequence[Tree], config: OfflineSettings, encoder: Encoder, context: StageContext
+) -> float:
+    """Tell how many responses are cut, and refuse too many: what stands at their end would never be learnt.
+
+    Args:
+        trees: The rows that are trained on.
+        config: Its `max_response_tokens` and `max_truncated_frac`.
+        encoder: What has cut them.
+        context: The stage's context.
+
+    Returns:
+        The share of responses that have lost their end.
+
+    Raises:
+        DataError: It is above `max_truncated_frac`; the rows are named.
+    """
+    responses = [(tree.record_id, ids) for tree in trees for ids in tree.response_ids]
+    cut = [record_id for record_id, ids in responses if ids[-1:] != (encoder.chat.eos_id,)]
+    if not cut:
+        return 0.0
+    frac = len(cut) / len(responses)
+    told = (
+        f"{len(cut):,} of {len(responses):,} responses ({frac:.1%}) are longer than max_response_tokens = "
+        f"{config.max_response_tokens} and lose their end"
+    )
+    context.log(told)
+    if frac > config.max_truncated_frac:
+        rows = ", ".join(record_id[:12] for record_id in list(dict.fromkeys(cut))[:SHOWN_ROWS])
+        raise DataError(
+            f"{told}; max_truncated_frac is {config.max_truncated_frac}; rows: {rows}",
+            next_step="raise max_response_tokens, leave long rows out with the filter rule `length`, or raise "
+            "max_truncated_frac",
+        )
+    return frac
 
 
 def layout_for(encoder: Encoder, settings: TrainingSettings, *, is_packed: bool) -> Layout:

@@ -76,7 +76,7 @@ class EmbeddedS3:
         if self._use is None:
             self._use = hold(self.home)
         try:
-            with _locked(self._lock_file("start")):
+            with locked(self._lock_file("start")):
                 self._find_or_start()
         except BaseException:
             self.stop()
@@ -316,8 +316,8 @@ def _not_started(log_path: Path, log: str) -> PortTakenError | StorageError:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; one starter at a time."""
-    with path.open("rb") as file:
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is made where it is not there; one starter at a time."""
+    with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -27,7 +27,9 @@ EXPIRY_S = 60.0
 """Age at which a lease that nobody renews is free."""
 RENEWALS_PER_EXPIRY = 4
 ORPHAN_GRACE_S = 45.0
-"""How long to wait for a process of this machine that is about to end (its parent is gone)."""
+"""How long to wait for a process of this machine that is about to end (its starter is gone)."""
+STARTER_VARIABLE = "PREFLINE_FLOW_PID"
+"""Process of the flow that a stage's process works for."""
 _LOOK_EVERY_S = 0.5
 _SAME_START_S = 30.0
 """Start times of one process may differ by this much where the clock was set in between."""
@@ -41,7 +43,8 @@ class Holder(Frozen):
     boot: str = ""
     """Differs between boots of a machine and between containers that share a host name."""
     pid: int
-    parent: int = 0
+    starter: int = 0
+    """The process that the holder works for; 0: none, it is a run's own."""
     started: float
     """When the process started, seconds since 1970 by its machine's clock."""
     token: int
@@ -54,8 +57,9 @@ class Holder(Frozen):
     def this_process(cls, *, owner: str, token: int, expiry_s: float) -> Holder:
         """Describe this process as a holder."""
         return cls(
-            owner=owner, host=socket.gethostname(), boot=_boot(), pid=os.getpid(), parent=os.getppid(),
-            started=psutil.Process().create_time(), token=token, expiry_s=expiry_s,
+            owner=owner, host=socket.gethostname(), boot=_boot(), pid=os.getpid(),
+            starter=int(os.environ.get(STARTER_VARIABLE, "0")), started=psutil.Process().create_time(), token=token,
+            expiry_s=expiry_s,
         )  # fmt: skip
 
     def is_same(self, other: Holder | None) -> bool:
@@ -72,7 +76,7 @@ class Holder(Frozen):
                 return "dead"
             if abs(process.create_time() - self.started) > _SAME_START_S:
                 return "dead"  # another process was given the same number
-            return "alive" if process.ppid() == self.parent else "orphan"
+            return "alive" if self.starter == 0 or psutil.pid_exists(self.starter) else "orphan"
         except psutil.NoSuchProcess:
             return "dead"
 
@@ -185,7 +189,12 @@ class Lease:
         try:
             self._etag = self._store.objects.put(self._path, _dump(holder), if_match=self._etag)
         except ConflictError:
-            self._is_lost = True
+            found = _read(self._store, self._path)
+            if found is None or not self._holder.is_same(found[0]):
+                self._is_lost = True
+                return
+            # An earlier renewal of ours was written and its answer got lost.
+            self._etag = self._store.objects.put(self._path, _dump(holder), if_match=found[1])
 
 
 class _Waiting:
@@ -208,7 +217,7 @@ class _Waiting:
             return True
         is_renewed = self._last_etag not in (None, etag)
         self._last_etag = etag
-        # An orphan got SIGTERM when its parent died and is committing a checkpoint.
+        # An orphan gets SIGTERM when its starter dies, and is committing a checkpoint.
         is_ending = state == "orphan" and time.monotonic() - self._since < ORPHAN_GRACE_S
         if is_ending or (state == "unknown" and not is_renewed):
             return False

@@ -92,6 +92,8 @@ class HindsightEncoder:
         for index, answer in enumerate(answers):
             if index == 0 or self.settings.repeat_prompt:
                 prompt_ids, prompt_counts = answer.encoder.prompt(record.messages, where=where)
+                if index > 0 and self._begins(prompt_ids, answer.encoder.chat):
+                    prompt_ids, prompt_counts = prompt_ids[1:], prompt_counts[1:]
             else:
                 prompt_ids = self._header(answer.encoder.chat, record.messages, where=where)
                 prompt_counts = [False] * len(prompt_ids)
@@ -106,6 +108,10 @@ class HindsightEncoder:
         if self.settings.double_eos and response[-1] == eos_id:
             response = [*response, eos_id]
         return Tree(name, tuple(ids), (tuple(response),), tuple(counts), weight=record.weight, group=record.group)
+
+    def _begins(self, prompt_ids: Sequence[int], chat: ChatTokenizer) -> bool:
+        """Tell whether a prompt opens a text; a token that opens each turn, as SmolLM's, does not open the text."""
+        return chat.begins_with_bos and prompt_ids[:1] == [chat.tokenizer.bos_token_id]
 
     def _header(self, chat: ChatTokenizer, messages: tuple[Message, ...], *, where: str) -> list[int]:
         """Encode what opens a second answer to the same prompt."""

@@ -11,7 +11,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import cast
 
-from pipeline_lib.training.orphans import die_with_parent
+from pipeline_lib.processes import die_with_parent, free_port
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def followers(job_json: str, size: int, *, on_death: Callable[[int, int], None])
     if size == 1:
         yield
         return
-    variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     context = multiprocessing.get_context("spawn")
     group = [
         context.Process(target=_follow, args=(job_json, {**variables, "RANK": str(rank)}), daemon=True)
@@ -65,15 +64,11 @@ def _watch(group: list[BaseProcess], is_over: threading.Event, on_death: Callabl
 
 
 def _follow(job_json: str, variables: dict[str, str]) -> None:
-    # Ctrl-C reaches the whole terminal; only the first process decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+    # Ctrl-C reaches the whole terminal, other signals a whole group; only the first process decides when to stop,
+    # and what it has not committed would be lost with a process that it waits for.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
     os.environ.update(variables)
     # Resolved by name: stages stand above training, and no import may point upward.
     importlib.import_module("pipeline_lib.stages.execute").follow(job_json)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ START_TOLERANCE_NATS_PER_TOKEN = 1e-5
 _FINITE_ADVICE = "lower the learning rate, or train with `precision: fp32`; look at the rows named above"
 
 
-def _rows(batches: Sequence[TreeBatch]) -> str:
-    ids = [tree.record_id[:12] for batch in batches for tree in batch.trees]
-    return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+def _named(rows: Sequence[str]) -> str:
+    return ", ".join(row[:12] for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
 def require_trainable(groups: Sequence[ParameterGroup]) -> None:
@@ -55,17 +54,23 @@ def require_responses(batches: Sequence[TreeBatch]) -> None:
         )
 
 
-def require_finite(value: float, *, what: str, step: int, batches: Sequence[TreeBatch]) -> None:
+def require_finite(value: float, *, what: str, step: int, rows: Sequence[str]) -> None:
     """Stop on a non-finite loss or gradient norm, naming the rows of the step.
+
+    Args:
+        value: The number.
+        what: What it is, in words.
+        step: Counted from 0.
+        rows: Ids of the rows that it comes from.
 
     Raises:
         DivergedError: The value is NaN or infinite.
     """
     if not math.isfinite(value):
         raise DivergedError(
-            f"{what} is {value} at step {step}; rows of the step: {_rows(batches)}",
+            f"{what} is {value} at step {step}; rows of the step: {_named(rows)}",
             next_step=_FINITE_ADVICE,
-            row_ids=tuple(tree.record_id for batch in batches for tree in batch.trees),
+            row_ids=tuple(rows),
         )
 
 
@@ -82,15 +87,25 @@ def require_gradient(norm: float, *, step: int) -> None:
         )
 
 
-def require_finite_weights(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Stop before non-finite weights are committed.
+@torch.no_grad()
+def require_finite_weights(groups: Sequence[ParameterGroup], *, step: int, rows: Sequence[str]) -> None:
+    """Stop before non-finite weights are trained on or committed, naming the rows of the step that made them.
 
     Raises:
         DivergedError: Naming the parameter.
     """
-    for name, parameter in parameters:
-        if not bool(torch.isfinite(parameter).all()):
-            raise DivergedError(f"the weights of {name} are not finite", next_step=_FINITE_ADVICE)
+    named = {f"{group.name}/{name}": value for group in groups for name, value in group.parameters.items()}
+    # One number for all of them first: to look at each is to wait for the device as often. Of a divided weight a
+    # process may hold nothing.
+    held = [value for value in named.values() if value.numel()]
+    if not held or math.isfinite(float(nn.utils.get_total_norm(held, math.inf))):
+        return
+    name = next(name for name, value in named.items() if not bool(torch.isfinite(value).all()))
+    raise DivergedError(
+        f"the weights of {name} are not finite after step {step}; rows of the step: {_named(rows)}",
+        next_step=_FINITE_ADVICE,
+        row_ids=tuple(rows),
+    )
 
 
 def require_start_at_reference(logp_N: Tensor, ref_logp_N: Tensor, *, step: int) -> None:

@@ -1,6 +1,6 @@
 """The child process of a stage.
 
-It dies with its parent (SIGTERM first, so that it commits a checkpoint), tells its progress over
+It ends with the flow that asked for it (by SIGTERM, so that it commits a checkpoint), tells its progress over
 the pipe it is given, and names its error there instead of printing a stack trace.
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline_lib.errors import ChildDiedError, DivergedError, MemoryLimitError, PipelineError
+from pipeline_lib.processes import end_with_starter
 from pipeline_lib.training.followers import followers
-from pipeline_lib.training.orphans import die_with_parent
 
 _PROGRESS_EVERY_S = 0.2
 
@@ -58,16 +58,17 @@ class StopRequest:
     """Remembers that the process was asked to end; a second signal changes nothing."""
 
     def __init__(self) -> None:
-        self._requested = threading.Event()
+        # No Event: a second signal while the first one's handler holds its lock would wait for ever.
+        self._requested = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:  # noqa: ARG002
-        self._requested.set()
+        self._requested = True
 
     def __call__(self) -> bool:
         """Tell whether a signal came."""
-        return self._requested.is_set()
+        return self._requested
 
 
 def main(job_json: str, pipe: Connection, log_path: str, environment: dict[str, str]) -> None:
@@ -81,7 +82,7 @@ def main(job_json: str, pipe: Connection, log_path: str, environment: dict[str, 
             and addresses were in it.
     """
     should_stop = StopRequest()
-    die_with_parent()
+    end_with_starter()
     os.environ.clear()
     os.environ.update(environment)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

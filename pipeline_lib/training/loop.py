@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -42,7 +43,7 @@ from pipeline_lib.training.guards import (
     require_trainable,
 )
 from pipeline_lib.training.optimizer import build_optimizer, epsilon_at, learning_rate_at
-from pipeline_lib.training.recipe import Figure, Recipe, Scored, StopRequestedError, TrainingEndedError
+from pipeline_lib.training.recipe import Figure, NamesRows, Recipe, Scored, StopRequestedError, TrainingEndedError
 from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
 from pipeline_lib.training.weights import Weights, WholeWeights
 
@@ -173,9 +174,6 @@ class TrainingLoop:
             self.average.apply()
         self.weights.finish()
         self.groups = self.weights.groups
-        require_finite_weights(
-            (f"{g.name}/{name}", parameter) for g in self.groups for name, parameter in g.parameters.items()
-        )
 
     def _measure(self, step: int, figures: dict[str, float]) -> None:
         """Measure the held-out rows where that is due; with averaging, on the average."""
@@ -202,12 +200,13 @@ class TrainingLoop:
             self.recipe.check_start(step, figures)
         for group in self.groups:
             norm = self.weights.clip(group, self.settings.optimizer.max_grad_norm)
-            require_finite(norm, what=f"the gradient norm of {group.name}", step=step, batches=batches)
+            require_finite(norm, what=f"the gradient norm of {group.name}", step=step, rows=self._rows(batches))
             if step == 0:
                 require_gradient(norm, step=step)
             figures[f"grad_norm_{group.name}"] = norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        require_finite_weights(self.groups, step=step, rows=self._rows(batches))
         if self.average is not None:
             self.average.update()
         figures["learning_rate"] = self.groups[0].learning_rate * factor
@@ -241,13 +240,18 @@ class TrainingLoop:
             with self.recipe.training_forward(batch):
                 result = self.weights.forward(partial(self.recipe.loss, batch, batches))
                 loss = float(result.loss.detach())
-                require_finite(loss, what="the loss", step=step, batches=[batch])
+                require_finite(loss, what="the loss", step=step, rows=self._rows([batch]))
                 (result.loss if counts else 0.0 * result.loss).backward()
             if counts:
                 add_figures(totals, {"loss": Figure(loss, 0.0), **result.figures})
         self.weights.sum_gradients()
         totals = self.processes.sum_figures(totals)
         return {**totals, "loss": Figure(totals["loss"].total, 1.0)}
+
+    def _rows(self, batches: Sequence[TreeBatch]) -> list[str]:
+        """Return the ids of the rows in some forwards, each once."""
+        row_of = self.recipe.row_of if isinstance(self.recipe, NamesRows) else attrgetter("record_id")
+        return list(dict.fromkeys(row_of(tree) for batch in batches for tree in batch.trees))
 
     def _stop(self) -> NoReturn:
         """Commit the state before the step that was broken off, and end."""

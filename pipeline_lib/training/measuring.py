@@ -17,7 +17,7 @@ from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.divergence import ReferenceStates, head_states
+from pipeline_lib.training.divergence import head_states, reference_states
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
 from pipeline_lib.training.trained_model import TrainedModel
@@ -104,7 +104,7 @@ def logps_and_kl(
         batch: The samples.
         temperature: The sampling temperature.
     """
-    ref = ReferenceStates.of(reference, batch).states
+    ref = reference_states(reference, batch)
     states = head_states(policy.model, batch)
     found = compare_from_hidden(states, ref, batch.label_N, chunk_tokens=HEAD_CHUNK_TOKENS, temperature=temperature)
     return found._asdict()

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from pipeline_lib.text.encode import Tree
 from pipeline_lib.text.pack import TreeBatch
 
 
@@ -92,6 +93,14 @@ class Recipe(Protocol):
 
     def load_state(self, state: RecipeState) -> None:
         """Take a checkpoint's state back."""
+
+
+@runtime_checkable
+class NamesRows(Protocol):
+    """A recipe whose trees are not rows themselves: messages name the rows that they come from."""
+
+    def row_of(self, tree: Tree) -> str:
+        """Return the id of the row that a tree comes from."""
 
 
 @runtime_checkable

@@ -74,6 +74,11 @@ class TrainingSettings(Frozen):
     seed: int = Field(0, ge=0)
     """Seed of the data order, the adapters and every sample."""
 
+    @property
+    def model_precision(self) -> Precision:
+        """The format that the model runs in: fp32 where every weight is trained, else as configured."""
+        return "fp32" if self.adapter is None else self.precision
+
 
 class EarlyStoppingSettings(Frozen):
     """Stop where held-out rows no longer gain; the best weights are the result."""
@@ -113,6 +118,8 @@ class OfflineSettings(TrainingSettings):
     """Stop after this many optimizer steps, whatever the epochs."""
     max_response_tokens: int = Field(512, ge=4)
     """Longer responses are cut, and then carry no end-of-turn token."""
+    max_truncated_frac: float = Field(0.05, ge=0, le=1)
+    """Share of responses that may be cut so; above it the stage stops."""
     neftune_alpha: float | None = Field(None, gt=0, title="NEFTune alpha")
     """Noise on the input embeddings while training, uniform within alpha / sqrt(tokens * width); null: none."""
     early_stopping: EarlyStoppingSettings | None = None

@@ -116,4 +116,4 @@ def prepare(model: PreTrainedModel, directory: Path, settings: TrainingSettings,
 
 def dtype_for(settings: TrainingSettings) -> torch.dtype:
     """Return the format to load a model in for training: fp32 for full training, else as resolved."""
-    return torch.float32 if settings.adapter is None else resolve_dtype(settings.precision)
+    return resolve_dtype(settings.model_precision)

@@ -27,6 +27,7 @@ VIOLATIONS = [
     ("pipeline_lib/data/filters/bad.py", "import pipeline_lib.data.filters.empty", "A filter rule"),
     ("pipeline_lib/evaluation/gate_metrics/bad.py", "import pipeline_lib.evaluation.gate_metrics.kl", "A gate metric"),
     ("pipeline_lib/losses/reward/bad.py", "import pipeline_lib.losses.reward.kwise", "A reward loss knows no other"),
+    ("pipeline_lib/training/rewards/bad.py", "import pipeline_lib.training.rewards.length", "A reward source"),
 ]  # fmt: skip
 
 

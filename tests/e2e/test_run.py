@@ -12,10 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows.cli import main
 from pipeline_lib.stages.faults import FLOW_VARIABLE, KILL_VARIABLE
+from pipeline_lib.storage.embedded import EmbeddedS3
+from pipeline_lib.storage.store import ArtifactStore
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
@@ -124,15 +127,53 @@ def test_sigterm_ends_a_run_with_a_message_and_its_exit_code(home: Path) -> None
     process = start(
         home, "run", "smoke", *QUIET, "--set", "sft.epochs=2000", "--set", "runtime.checkpoint_every_s=3600"
     )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("sft"):
-            break
+    told = read_until_sft(process)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process, timeout_s=280)
-    assert code == 143, err
+    assert code == 143, told + err
     assert "checkpoint" in err
     assert "run the same command again" in err
+
+
+@pytest.mark.timeout(600)
+def test_a_flow_that_is_killed_takes_all_it_started_with_it_and_leaves_a_checkpoint(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = checkpoints(home, monkeypatch)
+    process = start(
+        home, "run", "smoke", *QUIET, "--set", "sft.epochs=3000", "--set", "runtime.checkpoint_every_s=3600"
+    )
+    told = read_until_sft(process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    finish(process)
+    _, left = psutil.wait_procs(started, timeout=240)
+    assert not left, told
+    # Nothing was due for an hour: the child heard that its flow is gone, and committed where it was.
+    assert checkpoints(home, monkeypatch) - before, told
+
+
+def checkpoints(home: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the files of all checkpoints in the store."""
+    server = EmbeddedS3(home)
+    for name in server.environment():
+        monkeypatch.setenv(name, "")  # so that what was there before comes back afterwards
+    settings = server.start()
+    try:
+        return {found.key for found in ArtifactStore(settings).objects.list("checkpoints/")}
+    finally:
+        server.stop()
+
+
+def read_until_sft(process: subprocess.Popen[str]) -> str:
+    """Read what a run tells up to the first line of the stage `sft`."""
+    assert process.stderr is not None
+    told = ""
+    for line in process.stderr:
+        told += line
+        if line.startswith("sft"):
+            return told
+    raise AssertionError(told)
 
 
 def test_an_error_of_a_process_names_cause_and_next_step(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -70,6 +71,13 @@ def test_other_forgotten_exceptions_go_the_way_they_went(monkeypatch: pytest.Mon
         Forgetful(signal.SIGTERM)
     assert [str(error) for error in told] == ["not a signal's"]
     assert sys.unraisablehook is before
+
+
+def test_prefect_learns_where_its_server_is_before_it_is_imported() -> None:
+    """What the command line imports before `prefect_api`: Prefect's settings are those of its first import."""
+    program = "import sys, flows.cli, flows.embedded, tasks.interrupts, tasks.progress; print('prefect' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def raise_value_error(number: int, frame: object) -> None:

@@ -8,7 +8,7 @@ samples is `recipes/online.py`, how is `training/sampling_rollouts.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -30,10 +30,6 @@ from pipeline_lib.training.recipe import Figure, ParameterGroup, StepLoss
 from pipeline_lib.training.recipes.online import OnSpeed, OwnSamples
 from pipeline_lib.training.rollout import Rollouts, gather_rows
 from pipeline_lib.training.sampling_rollouts import GroupSampler
-
-RATIO_TOLERANCE_NATS_PER_TOKEN = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""How far the ratio may be from 1 before the first update: batches of the update are laid out anew."""
-RATIO_TOLERANCE_OF_HALF_PRECISION = 0.05
 
 
 class GroupRecipe(OwnSamples[Rollouts, RlooSettings | GrpoSettings]):
@@ -139,21 +135,6 @@ class GroupRecipe(OwnSamples[Rollouts, RlooSettings | GrpoSettings]):
         )  # fmt: skip
         advantage_N = advantage_R[batch.response_N]
         return grpo_loss(new_N, old_N, kl_N, advantage_N, weight_N, beta=settings.beta, clip_range=settings.clip_range)
-
-    def check_start(self, step: int, figures: Mapping[str, float]) -> None:
-        """Check that nothing has moved yet: ratio 1 and, unless the policy starts anew, KL 0.
-
-        Raises:
-            DivergedError: The policy is not the one that sampled, or not its reference.
-        """
-        tolerance = RATIO_TOLERANCE_NATS_PER_TOKEN.get(self.policy.model.dtype, RATIO_TOLERANCE_OF_HALF_PRECISION)
-        if figures["log_ratio_abs_nats"] > tolerance:
-            raise DivergedError(
-                f"at step {step} the policy differs from itself by {figures['log_ratio_abs_nats']:.2e} nats a token: "
-                "the ratio must be 1 before the first update",
-                next_step="report this as a bug: sampled and trained log-probabilities are not of one network",
-            )
-        super().check_start(step, figures)
 
     def rewards(self, rollouts: Rollouts) -> Tensor:
         """Return what the advantages are made of, `(G, K)`: scores after the missing-EOS rule, for RLOO less the KL."""

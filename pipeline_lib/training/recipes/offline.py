@@ -30,17 +30,21 @@ class OfflineRows(ABC):
         """Return the trained model's parameters."""
         return [self.trained.group("policy", learning_rate=self.plan.settings.optimizer.learning_rate)]
 
+    @property
+    def settings(self) -> OfflineSettings:
+        """The stage's settings."""
+        assert isinstance(self.plan.settings, OfflineSettings)
+        return self.plan.settings
+
     @abstractmethod
     def loss(self, batch: TreeBatch, step_batches: Sequence[TreeBatch]) -> StepLoss:
         """Return the loss of one forward (see `training.recipe.Recipe`)."""
 
     def training_forward(self, batch: TreeBatch) -> AbstractContextManager[None]:
         """Return the context of a forward that is trained on."""
-        settings = self.plan.settings
-        assert isinstance(settings, OfflineSettings)
         return training_forward(
             [self.trained.model], batch,
-            gradient_checkpointing=settings.gradient_checkpointing, neftune_alpha=settings.neftune_alpha,
+            gradient_checkpointing=self.settings.gradient_checkpointing, neftune_alpha=self.settings.neftune_alpha,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -13,6 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
+import torch
+
+from pipeline_lib.errors import DivergedError
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Tree
@@ -31,6 +34,10 @@ SAMPLES_KEPT = 10
 """Responses of each iteration whose texts are kept for the report."""
 BREAKER = "breaker/"
 """Prefix of the circuit breaker's tensors in a checkpoint."""
+
+RATIO_TOLERANCE_NATS_PER_TOKEN = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""How far the ratio may be from 1 before the first update: batches of the update are laid out anew."""
+RATIO_TOLERANCE_OF_HALF_PRECISION = 0.05
 
 RolloutsT = TypeVar("RolloutsT", bound=Rollouts)
 SettingsT = TypeVar("SettingsT", bound=PpoSettings | RlooSettings | GrpoSettings)
@@ -82,6 +89,7 @@ class OwnSamples(ABC, Generic[RolloutsT, SettingsT]):
         context_tokens = getattr(policy.model.config, "max_position_embeddings", None)
         require_prompts(prompts, context_tokens=context_tokens, max_new_tokens=settings.max_new_tokens)
         self.plan = DataPlan.of(prompts, settings)
+        self._row_of_prompt = {tree.prompt_ids: tree.record_id for tree in reversed(prompts)}
         self.passes, self.steps_per_iteration = passes, passes * settings.minibatches
         self.num_steps = settings.iterations * self.steps_per_iteration
         self.breaker = CircuitBreaker(settings.breaker) if settings.breaker is not None else None
@@ -121,6 +129,10 @@ class OwnSamples(ABC, Generic[RolloutsT, SettingsT]):
         order = permutation(len(self._current().trees), self.settings.seed, self.order_scope, iteration, number)
         return order[minibatch :: self.settings.minibatches]
 
+    def row_of(self, tree: Tree) -> str:
+        """Return the row that a rollout's prompt comes from; the record id of a rollout is a place."""
+        return self._row_of_prompt.get(tree.prompt_ids, tree.record_id)
+
     def held_out_loss(self) -> None:
         """Return nothing: the rows are the policy's own samples."""
 
@@ -132,12 +144,19 @@ class OwnSamples(ABC, Generic[RolloutsT, SettingsT]):
             self._tell_speed(step, "update_tokens_per_s", tokens, since_s=self._update_started_s)
         return self.iteration_figures
 
-    def check_start(self, step: int, figures: Mapping[str, float]) -> None:  # noqa: ARG002
-        """Check that the policy starts as its reference, unless what was put in front of it is new.
+    def check_start(self, step: int, figures: Mapping[str, float]) -> None:
+        """Check that nothing has moved yet: ratio 1 and, unless what was put in front of the policy is new, KL 0.
 
         Raises:
-            DivergedError: The KL of the first rollouts is not 0.
+            DivergedError: The policy is not the one that sampled, or not its reference.
         """
+        tolerance = RATIO_TOLERANCE_NATS_PER_TOKEN.get(self.policy.model.dtype, RATIO_TOLERANCE_OF_HALF_PRECISION)
+        if figures["log_ratio_abs_nats"] > tolerance:
+            raise DivergedError(
+                f"at step {step} the policy differs from itself by {figures['log_ratio_abs_nats']:.2e} nats a token: "
+                "the ratio must be 1 before the first update",
+                next_step="report this as a bug: sampled and trained log-probabilities are not of one network",
+            )
         if self.policy.starts_as_reference:
             rollouts = self._current()
             require_start_at_reference(rollouts.logp_N, rollouts.ref_logp_N, step=step)

@@ -154,6 +154,7 @@ class PpoRecipe(OwnSamples[ValuedRollouts, PpoSettings]):
             "clip_frac": Figure(float(policy.num_clipped), count),
             "approx_kl_nats": Figure(float(policy.approx_kl_sum), count),
             "policy_kl_nats": Figure(float(policy.policy_kl_sum), count),
+            "log_ratio_abs_nats": Figure(float((new.token_logp_N.detach() - old_logp_N).abs().sum()), count),
         }
         return StepLoss(policy.loss_sum / num_tokens, figures)
 

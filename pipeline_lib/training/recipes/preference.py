@@ -98,6 +98,8 @@ class PreferenceRecipe(OfflineRows):
         if self.reference is None or not self.policy.starts_as_reference:
             return
         apart = figures["log_ratio_abs_nats_per_token"]
+        if self.settings.neftune_alpha is not None:
+            apart = self._apart_without_noise(step)
         tolerance = START_TOLERANCE_NATS_PER_TOKEN.get(self.policy.model.dtype, 5e-3)
         if apart > tolerance:
             raise DivergedError(
@@ -105,6 +107,13 @@ class PreferenceRecipe(OfflineRows):
                 "they must be one model",
                 next_step="the reference log-probabilities belong to another model: run `prefline fsck`",
             )
+
+    @torch.no_grad()
+    def _apart_without_noise(self, step: int) -> float:
+        """Measure a step's first forward once more: noise on the embeddings moves the policy alone."""
+        batch = self.layout.batches(self.plan.rows(step))[0].to(self.policy.model.device)
+        logp_R, _ = self._forward(batch)
+        return float((logp_R - self._reference_of(batch, logp_R)).abs().sum()) / batch.num_counted
 
     def _forward(self, batch: TreeBatch) -> tuple[Tensor, Tensor | None]:
         """Return each response's log-probability, and its KL from the reference where the objective asks."""
@@ -157,12 +166,11 @@ class PreferenceRecipe(OfflineRows):
             judged = self.judgements[tree.record_id]
             part = slice(first, first + len(tree.response_ids))
             first = part.stop
-            best = judged.ranks.index(min(judged.ranks))
+            rank_K = torch.tensor(judged.ranks, device=logp_R.device)
             ranked = RankedLogps(
-                logp_K=logp_R[part], ref_logp_K=reference_R[part], tokens_K=batch.lengths_R[part],
-                rank_K=torch.tensor(judged.ranks, device=logp_R.device),
+                logp_K=logp_R[part], ref_logp_K=reference_R[part], tokens_K=batch.lengths_R[part], rank_K=rank_K,
                 reward_K=logp_R.new_tensor(judged.rewards),
-                target_kl=None if kl_R is None else kl_R[part][best],
+                target_kl=None if kl_R is None else kl_R[part][rank_K == rank_K.min()].mean(),
             )  # fmt: skip
             total = total + judged.weight * self.objective.of_list(ranked)
         return total

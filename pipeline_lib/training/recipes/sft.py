@@ -17,15 +17,16 @@ from torch import Tensor
 
 from pipeline_lib.losses.cross_entropy import CrossEntropy
 from pipeline_lib.losses.tokens import (
+    full_kl_from_hidden,
     mean_logps_from_hidden,
     smoothed_nll,
     token_logps_from_hidden,
 )
-from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, logit_cap, predicting_states, token_logps
+from pipeline_lib.models.logprobs import HEAD_CHUNK_TOKENS, token_logps
 from pipeline_lib.models.residual import dropped, residual_branches
 from pipeline_lib.models.scoring import Layout
 from pipeline_lib.text.pack import TreeBatch
-from pipeline_lib.training.divergence import ReferenceStates
+from pipeline_lib.training.divergence import head_states, reference_states
 from pipeline_lib.training.plan import DataPlan
 from pipeline_lib.training.pretraining import PretrainingRows, is_pretraining
 from pipeline_lib.training.recipe import Figure, StepLoss
@@ -156,22 +157,22 @@ class SftRecipe(OfflineRows):
             logp_N = token_logps(model, batch).token_logp_N
             return _Terms(logp_N, -logp_N, None)
         # The reference runs before the policy: inside its block the adapters are off.
-        reference = None if self.kl is None else ReferenceStates.of(self.kl.reference, batch)
-        head = model.get_output_embeddings()
-        bias_V, softcap = getattr(head, "bias", None), logit_cap(model)
-        hidden_ND = predicting_states(model, batch)
+        ref = None if self.kl is None else reference_states(self.kl.reference, batch)
+        states = head_states(model, batch)
         logp_N, _ = token_logps_from_hidden(
-            hidden_ND, head.weight, batch.label_N, head_bias_V=bias_V, chunk_tokens=HEAD_CHUNK_TOKENS, softcap=softcap
-        )
+            states.hidden_ND, states.weight_VD, batch.label_N, head_bias_V=states.bias_V, softcap=states.softcap,
+            chunk_tokens=HEAD_CHUNK_TOKENS,
+        )  # fmt: skip
         loss_N = -logp_N
         if smoothing:
             mean_N = mean_logps_from_hidden(
-                hidden_ND, head.weight, batch.label_N, logp_N, head_bias_V=bias_V, softcap=softcap
-            )
+                states.hidden_ND, states.weight_VD, batch.label_N, logp_N, head_bias_V=states.bias_V,
+                softcap=states.softcap, chunk_tokens=HEAD_CHUNK_TOKENS,
+            )  # fmt: skip
             loss_N = smoothed_nll(logp_N, mean_N, label_smoothing=smoothing)
-        if reference is None:
+        if ref is None:
             return _Terms(logp_N, loss_N, None)
-        return _Terms(logp_N, loss_N, reference.kl(model, hidden_ND))
+        return _Terms(logp_N, loss_N, full_kl_from_hidden(states, ref, chunk_tokens=HEAD_CHUNK_TOKENS))
 
 
 def _weighted_sum(values_N: Tensor, weight_N: Tensor | None) -> Tensor:

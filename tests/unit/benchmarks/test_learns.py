@@ -13,9 +13,12 @@ import torch
 from benchmarks.learns_controlled import ordered
 from benchmarks.learns_optimum import tilted
 from benchmarks.learns_plots import DRAWN
-from benchmarks.learns_report import BEGIN, END, write_section
+from benchmarks.learns_report import write_section
 from benchmarks.learns_task import Rule, chat_tokenizer, rows
+from benchmarks.page import marker
 from pipeline_lib.training.sampling_rollouts import group_tree
+
+BEGIN, END = marker("learns", "begin"), marker("learns", "end")
 
 START = (0.7, 0.2, 0.1)
 """Probabilities of three answers under the start, and, of the same, under a trained policy."""

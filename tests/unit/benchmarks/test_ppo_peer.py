@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from benchmarks import ppo_memory
+from benchmarks.page import marker
 from benchmarks.ppo_peer_jobs import PRESETS, PpoMeasured, PpoResult
 from benchmarks.ppo_peer_ours import Rule, keep_reward_model, ppo_recipe, prepared, run, settings_of
 from benchmarks.ppo_peer_rule import score, share_of, variety_of, words_of
-from benchmarks.ppo_peer_table import BEGIN, END, render, write_section
+from benchmarks.ppo_peer_table import render, write_section
 from pipeline_lib.models.tiny import write_tiny_model
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.training.rollout import rollout_tree
 from tests.toy import byte_ids
+
+BEGIN, END = marker("ppo-peer", "begin"), marker("ppo-peer", "end")
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = PRESETS["toy-lora"].model_copy(update={"batch_size": 4, "new_tokens": 6, "wanted": ("the", "silver")})

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.page import marker
 from benchmarks.rollouts import OURS, PLAIN, make_prompts, measure
-from benchmarks.rollouts_report import BEGIN, END, Result, Run, write_section
+from benchmarks.rollouts_report import Result, Run, write_section
 from tests.toy import encoder
+
+BEGIN, END = marker("rollouts", "begin"), marker("rollouts", "end")
 
 
 def run(side: str, number: int, seconds: float, lengths: list[int]) -> Run:

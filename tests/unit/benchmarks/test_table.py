@@ -11,8 +11,11 @@ import pytest
 
 from benchmarks.fairness import problems_of
 from benchmarks.jobs import Measured, Options, Result, Work
+from benchmarks.page import marker
 from benchmarks.sweep import SweepResult
-from benchmarks.table import BEGIN, END, render, write_page
+from benchmarks.table import render, write_page
+
+BEGIN, END = marker("bench", "begin"), marker("bench", "end")
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = Options(preset="tiny", threads=2, rows_per_step=8, steps=3, runs=1, pack_tokens=64)

@@ -19,6 +19,7 @@ from pipeline_lib.losses.preference import PREFERENCE_LOSSES
 from pipeline_lib.losses.preference.contract import PairLogps, RankedLogps, UnpairedLogps
 from pipeline_lib.losses.reward import REWARD_LOSSES
 from pipeline_lib.losses.tokens import (
+    HeadStates,
     full_kl_from_hidden,
     mean_logps_from_hidden,
     smoothed_nll,
@@ -260,10 +261,10 @@ def test_cross_entropy_of_logits_of_1e4(dtype: torch.dtype, smoothing: float) ->
 def test_the_kl_of_certain_distributions(dtype: torch.dtype) -> None:
     """From a certain distribution to its opposite: 2e4 nats; to itself 0."""
     hidden_ND, weight_VD, _ = extreme_head(dtype)
-    ref_ND = hidden_ND.detach()
-    same_N = full_kl_from_hidden(hidden_ND, weight_VD, ref_ND, weight_VD.detach(), chunk_tokens=1)
+    policy, ref_ND, ref_VD = HeadStates(hidden_ND, weight_VD), hidden_ND.detach(), weight_VD.detach()
+    same_N = full_kl_from_hidden(policy, HeadStates(ref_ND, ref_VD), chunk_tokens=1)
     assert same_N.tolist() == [0.0, 0.0]
-    turned_N = full_kl_from_hidden(hidden_ND, weight_VD, ref_ND.flip(0), weight_VD.detach(), chunk_tokens=2)
+    turned_N = full_kl_from_hidden(policy, HeadStates(ref_ND.flip(0), ref_VD), chunk_tokens=2)
     assert turned_N.tolist() == pytest.approx([2 * FAR, 2 * FAR], rel=1e-6)
     for gradient in torch.autograd.grad((same_N + turned_N).sum(), [hidden_ND, weight_VD]):
         assert bool(gradient.isfinite().all())

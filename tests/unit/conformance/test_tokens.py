@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from pipeline_lib.losses.cross_entropy import CrossEntropy
 from pipeline_lib.losses.tokens import (
+    HeadStates,
     full_kl_from_hidden,
     masked_mean,
     mean_logps_from_hidden,
@@ -71,7 +72,7 @@ def test_gradcheck_of_the_chunked_head() -> None:
 
     def kl(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         ref_ND, ref_VD, _, _ = head(5)
-        return full_kl_from_hidden(h, w, ref_ND, ref_VD, head_bias_V=b, chunk_tokens=3, temperature=1.3)
+        return full_kl_from_hidden(HeadStates(h, w, b), HeadStates(ref_ND, ref_VD), chunk_tokens=3, temperature=1.3)
 
     for function in (logps, kl):
         assert torch.autograd.gradcheck(function, (hidden_ND, weight_VD, bias_V))
@@ -82,7 +83,7 @@ def test_full_kl_against_torchs(chunk: int, temperature: float) -> None:
     hidden_ND, weight_VD, bias_V, _ = head(3)
     ref_ND, ref_VD, ref_V, _ = head(4)
     found_N = full_kl_from_hidden(
-        hidden_ND, weight_VD, ref_ND, ref_VD, head_bias_V=bias_V, ref_head_bias_V=ref_V, chunk_tokens=chunk,
+        HeadStates(hidden_ND, weight_VD, bias_V), HeadStates(ref_ND, ref_VD, ref_V), chunk_tokens=chunk,
         temperature=temperature,
     )  # fmt: skip
     own_NV, ref_NV = (

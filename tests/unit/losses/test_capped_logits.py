@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline_lib.losses.tokens import (
+    HeadStates,
     full_kl_from_hidden,
     mean_logps_from_hidden,
     smoothed_nll,
@@ -87,9 +88,8 @@ def test_the_kl_takes_each_models_own_cap(cap: float | None, ref_cap: float | No
     for part in learned:
         part.requires_grad_()
     found = full_kl_from_hidden(
-        parts[0], parts[1], ref[0], ref[1], head_bias_V=parts[2], ref_head_bias_V=ref[2], chunk_tokens=3,
-        temperature=0.8, softcap=cap, ref_softcap=ref_cap,
-    )  # fmt: skip
+        HeadStates(*parts, softcap=cap), HeadStates(*ref, softcap=ref_cap), chunk_tokens=3, temperature=0.8
+    )
     logp = log_softmax(*parts, cap=cap, temperature=0.8)
     logq = log_softmax(*ref, cap=ref_cap, temperature=0.8)
     expected = (logp.exp() * (logp - logq)).sum(-1)
@@ -145,4 +145,4 @@ def test_a_cap_is_above_0(cap: float) -> None:
     with pytest.raises(ValueError, match="softcap"):
         token_logps_from_hidden(hidden, weight, labels, chunk_tokens=4, softcap=cap)
     with pytest.raises(ValueError, match="softcap"):
-        full_kl_from_hidden(hidden, weight, hidden, weight, chunk_tokens=4, ref_softcap=cap)
+        full_kl_from_hidden(HeadStates(hidden, weight), HeadStates(hidden, weight, softcap=cap), chunk_tokens=4)

@@ -208,7 +208,7 @@ def test_full_kl_against_all_logits(is_head_learned: bool, chunk_tokens: int) ->
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         return full_kl_from_hidden(
-            hidden, weight, ref_hidden, ref_weight, head_bias_V=bias, ref_head_bias_V=bias / 2,
+            HeadStates(hidden, weight, bias), HeadStates(ref_hidden, ref_weight, bias / 2),
             chunk_tokens=chunk_tokens, temperature=0.8,
         )  # fmt: skip
 
@@ -258,7 +258,7 @@ def test_nothing_to_compare_is_no_figure() -> None:
 def test_full_kl_of_a_model_with_itself_is_zero() -> None:
     hidden, weight, _, _ = (part.float() if part.is_floating_point() else part for part in inputs(scale=50.0))
     hidden.requires_grad_()
-    kl = full_kl_from_hidden(hidden, weight, hidden.detach(), weight, chunk_tokens=4)
+    kl = full_kl_from_hidden(HeadStates(hidden, weight), HeadStates(hidden.detach(), weight), chunk_tokens=4)
     kl.sum().backward()
     assert kl.tolist() == [0.0] * 6
     assert hidden.grad is not None
@@ -267,14 +267,15 @@ def test_full_kl_of_a_model_with_itself_is_zero() -> None:
 
 def test_refusals_of_divergence_and_smoothing() -> None:
     hidden, weight, _, labels = inputs()
+    states = HeadStates(hidden, weight)
     with pytest.raises(ValueError, match="as many tokens and words: 6 and 5 tokens"):
-        full_kl_from_hidden(hidden, weight, hidden[:5], weight, chunk_tokens=4)
+        full_kl_from_hidden(states, HeadStates(hidden[:5], weight), chunk_tokens=4)
     with pytest.raises(ValueError, match="9 and 8 words"):
-        full_kl_from_hidden(hidden, weight, hidden, weight[:8], chunk_tokens=4)
+        full_kl_from_hidden(states, HeadStates(hidden, weight[:8]), chunk_tokens=4)
     with pytest.raises(ValueError, match=r"must be \(N, D\) and \(V, D\)"):
-        full_kl_from_hidden(hidden, weight, hidden[:, :2], weight, chunk_tokens=4)
+        full_kl_from_hidden(states, HeadStates(hidden[:, :2], weight), chunk_tokens=4)
     with pytest.raises(ValueError, match="as many tokens and words: 6 and 6 tokens, 9 and 8 words"):
-        compare_from_hidden(HeadStates(hidden, weight), HeadStates(hidden, weight[:8]), labels, chunk_tokens=4)
+        compare_from_hidden(states, HeadStates(hidden, weight[:8]), labels, chunk_tokens=4)
     with pytest.raises(ValueError, match=r"must be \(N, D\), \(V, D\) and \(N,\)"):
         mean_logps_from_hidden(hidden, weight, labels, hidden[:3, 0])
     with pytest.raises(ValueError, match="be 0 to 1"):

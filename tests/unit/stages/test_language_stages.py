@@ -38,7 +38,8 @@ from tests.toy import ORIGIN, chat, dialogue, layout, record, write_reward_model
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 QUICK: dict[str, Any] = {
     "batch_size": 4, "precision": "fp32", "adapter": None, "seed": 3, "max_prompt_tokens": 400,
-    "max_response_tokens": 64, "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_frac": 0.0},
+    "max_response_tokens": 64, "max_truncated_frac": 1.0,
+    "optimizer": {"learning_rate": 3e-3, "schedule": "constant", "warmup_frac": 0.0},
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from pipeline_lib.stages.preference import PreferenceConfig
 from pipeline_lib.stages.reference_logps import ReferenceLogpsConfig
 from pipeline_lib.storage.store import ArtifactStore
 from pipeline_lib.training.preferences import MISMATCHED
+from pipeline_lib.training.trained_model import dtype_for
 from tests.stage_bench import commit, context_in, write_files
 from tests.toy import COMPARISONS, encoder, layout, record
 
@@ -128,6 +129,14 @@ def test_a_sweep_over_beta_losses_rates_and_batches_has_one_key() -> None:
         {"optimizer": {"learning_rate": 0.5}}, {"epochs": 4}, {"ema_decay": 0.9}, {"max_rows": 2},
     ):  # fmt: skip
         assert PreferenceConfig.model_validate(changes).reference_logps() == first
+
+
+@pytest.mark.parametrize(("precision", "scored_in"), [("auto", "fp32"), ("bf16", "fp32")])
+def test_every_weight_is_trained_in_fp32_and_its_reference_is_scored_so(precision: str, scored_in: str) -> None:
+    full = PreferenceConfig.model_validate({"adapter": None, "precision": precision})
+    assert full.reference_logps().precision == scored_in
+    assert dtype_for(full) == torch.float32
+    assert PreferenceConfig.model_validate({"precision": precision}).reference_logps().precision == precision
 
 
 def test_mismatched_rows_are_scored_for_unpaired_losses(scorings: Scorings, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Bench:
     def run(self, dataset: ArtifactRef, **config: Any) -> StageOutput:
         chosen = {
             "precision": "fp32", "batch_size": 8, "max_prompt_tokens": 64, "max_response_tokens": 48,
+            "max_truncated_frac": 1.0,
             "adapter": {"name": "lora", "rank": 4}, "optimizer": {"learning_rate": 5e-3}, **config,
         }  # fmt: skip
         home = self.tmp_path / f"run-{len(list(self.tmp_path.iterdir()))}"

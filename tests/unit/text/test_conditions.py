@@ -79,6 +79,14 @@ def test_two_answers_repeat_the_whole_conversation() -> None:
     assert trees["pn0"].counted_turns == (3, 5, 3, 5)
 
 
+def test_a_text_of_two_answers_begins_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that marks the beginning of a text: the conversation is repeated, the beginning is not."""
+    monkeypatch.setattr(ChatTokenizer, "begins_with_bos", True)
+    tree = by_kind(HindsightSettings(layout="plain", kinds=("pn",)), record(MULTI_TURN, "good", "bad"))["pn0"]
+    both: Parts = [([START], False), *plain_turns(GOOD, "good"), *plain_turns(BAD, "bad"), ([END], True)]
+    assert whole(tree) == (ids_of(both), mask_of(both))
+
+
 def test_two_answers_to_one_prompt_that_is_not_repeated() -> None:
     settings = HindsightSettings(layout="plain", repeat_prompt=False, double_eos=False, kinds=("np",))
     (tree,) = by_kind(settings, record("sum up", "short", "long")).values()

@@ -37,7 +37,7 @@ PAIRS_FILE, LISTS_FILES, ANSWERS_FILE = (
     "alpaca/alpaca_sample",
 )
 METHODS = sorted(path.stem for path in (PRESETS / "methods").glob("*.yaml"))
-ONLINE = {"ppo-instructgpt", "ppo-llama2", "ppo-n-details", "rloo", "grpo"}
+ONLINE = {"ppo-guarded", "ppo-instructgpt", "ppo-llama2", "ppo-n-details", "rloo", "grpo"}
 """They train on nothing but what they sample."""
 LIMITS: dict[str, Any] = {"max_prompt_tokens": 48, "max_response_tokens": 32}
 Offline = PreferenceConfig | ConditionalConfig | SftConfig | RewardConfig
@@ -93,6 +93,34 @@ def test_every_loss_has_a_preset() -> None:
     assert {each.loss["name"] for each in subjects if isinstance(each, PreferenceConfig)} == set(PREFERENCE_LOSSES)
     assert {each.loss["name"] for each in subjects if isinstance(each, RewardConfig)} == set(REWARD_LOSSES)
     assert [method for method, each in zip(METHODS, subjects, strict=True) if each is None] == sorted(ONLINE)
+
+
+def test_every_kind_of_a_loss_has_a_preset() -> None:
+    subjects = [subject_of(load_preset(method)) for method in METHODS]
+    losses = [each.loss for each in subjects if isinstance(each, PreferenceConfig | RewardConfig)]
+    assert {loss["kind"] for loss in losses if loss["name"] == "slic"} == {"rank", "margin", "list", "reward"}
+    assert {loss["reg"] for loss in losses if loss["name"] == "slic"} >= {"ce", "kl"}
+    assert {loss.get("margins") for loss in losses if loss["name"] == "bradley_terry"} >= {"small", "large"}
+
+
+def test_published_ppo_leaves_the_scores_of_cut_answers_as_they_are() -> None:
+    """InstructGPT and LLaMA-2 have no rule for them; lm-human-preferences replaces theirs."""
+    llama2 = load_preset("ppo-llama2")
+    rejection = llama2.candidates["rejection"]
+    assert isinstance(rejection, RejectionSettings)
+    assert rejection.sampling.missing_eos == "keep"
+    for method, rule in (("ppo-llama2", "keep"), ("ppo-instructgpt", "keep"), ("ppo-n-details", "replace")):
+        ppo = load_preset(method).ppo
+        assert ppo is not None
+        assert ppo.missing_eos == rule
+
+
+def test_a_guarded_ppo_is_measured_by_a_model_of_other_rows() -> None:
+    config = load_preset("ppo-guarded")
+    assert config.ppo is not None
+    assert config.ppo.heldout_reward_model == "heldout"
+    assert config.reward.rows.part == (1, 2)
+    assert config.reward_models["heldout"].rows.part == (2, 2)
 
 
 def rows_for(config: Offline) -> list[Record]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import distributed
+
+from pipeline_lib.processes import free_port
 
 SIZE = 2
 _PRELOADED = ["pipeline_lib.training.preload"]
@@ -20,7 +21,7 @@ def run_together(target: Callable[..., None], *arguments: Any) -> None:
     """Run `target(rank, *arguments)` in every process of a group, to their ends."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    port = _free_port()
+    port = free_port()
     group = [context.Process(target=_take_part, args=(rank, port, target, arguments)) for rank in range(SIZE)]
     for process in group:
         process.start()
@@ -40,9 +41,3 @@ def _take_part(rank: int, port: int, target: Callable[..., None], arguments: tup
     target(rank, *arguments)
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
