@@ -155,12 +155,13 @@ def test_a_flow_that_is_killed_takes_all_it_started_with_it_and_leaves_a_checkpo
 
 def checkpoints(home: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of the files of all checkpoints in the store."""
+    home.mkdir(exist_ok=True)
     server = EmbeddedS3(home)
     for name in server.environment():
         monkeypatch.setenv(name, "")  # so that what was there before comes back afterwards
     settings = server.start()
     try:
-        return {found.key for found in ArtifactStore(settings).objects.list("checkpoints/")}
+        return {found.path for found in ArtifactStore(settings).objects.list("checkpoints/")}
     finally:
         server.stop()
 
