@@ -1,4 +1,4 @@
-"""PPO's clipped losses (methods 2.4), as sums over tokens; the caller divides by the step's tokens.
+"""PPO's clipped losses, as sums over tokens; the caller divides by the step's tokens.
 
 Any shape is taken, with a bool mask of the same shape, True = counts. What stands outside the mask
 changes neither a sum nor a gradient, NaN included.

@@ -1,4 +1,4 @@
-"""Advantages and whitening (methods 2.4). Legend: B rollouts, T response positions, right-padded."""
+"""Advantages and whitening. Legend: B rollouts, T response positions, right-padded."""
 
 from __future__ import annotations
 

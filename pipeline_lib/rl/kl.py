@@ -1,4 +1,4 @@
-"""KL estimates and the controller of the KL weight (methods 2.4). Nothing is clamped."""
+"""KL estimates and the controller of the KL weight. Nothing is clamped."""
 
 from __future__ import annotations
 

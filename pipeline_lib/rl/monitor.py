@@ -1,6 +1,6 @@
 """What a policy's samples show of its health: spread, repetition, length, how well values foretell returns.
 
-Token ids in, figures out (methods 2.6). Legend: R responses, N tokens.
+Token ids in, figures out. Legend: R responses, N tokens.
 """
 
 from __future__ import annotations

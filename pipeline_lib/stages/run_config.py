@@ -61,7 +61,7 @@ class RuntimeConfig(Frozen):
     """Processes of a training stage: it divides each step's forwards among them, with the same result."""
     sharding: Literal["none", "full"] = "none"
     """full: those processes divide every weight, gradient and moment among themselves, with the same result; not for
-    PPO, RLOO and GRPO, virtual tokens, QLoRA, Adafactor and 8-bit AdamW."""
+    PPO, RLOO and GRPO, SFT with `select_by`, virtual tokens, QLoRA, Adafactor and 8-bit AdamW."""
 
 
 class RunConfig(Frozen):

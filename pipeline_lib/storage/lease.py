@@ -187,14 +187,20 @@ class Lease:
         self._renewals += 1
         holder = self._holder.model_copy(update={"renewals": self._renewals, "released": released})
         try:
-            self._etag = self._store.objects.put(self._path, _dump(holder), if_match=self._etag)
+            self._etag = self._put(holder, etag=self._etag)
+        except ConflictError:
+            self._is_lost = True
+
+    def _put(self, holder: Holder, *, etag: str) -> str:
+        """Write the lease over the state that is known; where that is an earlier renewal's, over that one."""
+        try:
+            return self._store.objects.put(self._path, _dump(holder), if_match=etag)
         except ConflictError:
             found = _read(self._store, self._path)
             if found is None or not self._holder.is_same(found[0]):
-                self._is_lost = True
-                return
-            # An earlier renewal of ours was written and its answer got lost.
-            self._etag = self._store.objects.put(self._path, _dump(holder), if_match=found[1])
+                raise
+            # A renewal of ours was written, and its answer got lost.
+            return self._store.objects.put(self._path, _dump(holder), if_match=found[1])
 
 
 class _Waiting:

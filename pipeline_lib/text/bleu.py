@@ -1,4 +1,4 @@
-"""BLEU of words or token ids, against references or among samples (methods 1d, 2.6, 4.20). Pure Python.
+"""BLEU of words or token ids, against references or among samples. Pure Python.
 
 Legend: M orders of n-grams, 1 to `max_n`.
 """

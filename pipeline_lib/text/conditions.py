@@ -23,7 +23,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class HindsightSettings(Frozen):
-    """Chain of Hindsight: a better and a worse answer in one text, each behind a marker (methods 2.13)."""
+    """Chain of Hindsight: a better and a worse answer in one text, each behind a marker."""
 
     name: Literal["hindsight"] = "hindsight"
     kinds: tuple[Literal["p", "n", "pn", "np"], ...] = Field(("p", "n", "pn", "np"), min_length=1)
@@ -70,7 +70,7 @@ class AnswerClass(Frozen):
 
 
 class ClassSettings(Frozen):
-    """Conditional behaviour cloning: answers of several classes, weighted, each behind its name (methods 2.14)."""
+    """Conditional behaviour cloning: answers of several classes, weighted, each behind its name."""
 
     name: Literal["classes"] = "classes"
     classes: tuple[AnswerClass, ...] = Field(

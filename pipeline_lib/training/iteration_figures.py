@@ -1,4 +1,4 @@
-"""What an iteration on own samples shows of itself before it is trained on (methods 2.6): one number a name.
+"""What an iteration on own samples shows of itself before it is trained on: one number a name.
 
 Legend: R responses, N tokens of all responses, flat in rollout order.
 """

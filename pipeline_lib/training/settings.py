@@ -163,7 +163,7 @@ class BreakerSettings(Frozen):
 
 
 class PpoSettings(TrainingSettings):
-    """Proximal policy optimisation against a reward model (methods 2.4 and 3)."""
+    """Proximal policy optimisation against a reward model."""
 
     iterations: int = Field(20, ge=1)
     """Rounds of sampling and updating."""

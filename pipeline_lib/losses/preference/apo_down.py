@@ -1,4 +1,4 @@
-"""APO-down: both responses down, the rejected one further (methods 2.5). Legend: B pairs."""
+"""APO-down: both responses down, the rejected one further. Legend: B pairs."""
 
 from __future__ import annotations
 

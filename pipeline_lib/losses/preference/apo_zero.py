@@ -1,4 +1,4 @@
-"""APO-zero: chosen up and rejected down, each against the reference (methods 2.5). Legend: B pairs."""
+"""APO-zero: chosen up and rejected down, each against the reference. Legend: B pairs."""
 
 from __future__ import annotations
 

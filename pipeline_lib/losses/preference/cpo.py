@@ -1,4 +1,4 @@
-"""CPO: DPO without the reference, and cross-entropy in its place (methods 2.5). Legend: B pairs."""
+"""CPO: DPO without the reference, and cross-entropy in its place. Legend: B pairs."""
 
 from __future__ import annotations
 

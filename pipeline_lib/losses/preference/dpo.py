@@ -1,4 +1,4 @@
-"""DPO, and with label smoothing cDPO (methods 2.5). Legend: B pairs."""
+"""DPO, and with label smoothing cDPO. Legend: B pairs."""
 
 from __future__ import annotations
 

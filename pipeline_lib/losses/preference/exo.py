@@ -1,4 +1,4 @@
-"""EXO: the reverse KL from smoothed labels, on pairs (methods 2.5). Legend: B pairs."""
+"""EXO: the reverse KL from smoothed labels, on pairs. Legend: B pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hinge loss on the margin of log-ratios (methods 2.5). Legend: B pairs."""
+"""The hinge loss on the margin of log-ratios. Legend: B pairs."""
 
 from __future__ import annotations
 

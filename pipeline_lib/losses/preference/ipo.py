@@ -1,4 +1,4 @@
-"""IPO, on sums or on means a token (methods 2.5 and 4.2). Legend: B pairs."""
+"""IPO, on sums or on means a token. Legend: B pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KTO: single responses, desirable or not, against a reference point (methods 2.5 and 4.15).
+"""KTO: single responses, desirable or not, against a reference point.
 
 Legend: B responses, M mismatched prompt-response pairs.
 """

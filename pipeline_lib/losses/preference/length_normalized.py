@@ -1,4 +1,4 @@
-"""DPO on log-ratios a token (methods 2.5). Legend: B pairs."""
+"""DPO on log-ratios a token. Legend: B pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NCA: noise-contrastive alignment of pairs (methods 2.5). Legend: B pairs."""
+"""NCA: noise-contrastive alignment of pairs. Legend: B pairs."""
 
 from __future__ import annotations
 

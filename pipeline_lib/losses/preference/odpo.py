@@ -1,4 +1,4 @@
-"""ODPO: DPO with an offset that grows with how much better the chosen response is (methods 2.5). Legend: B pairs."""
+"""ODPO: DPO with an offset that grows with how much better the chosen response is. Legend: B pairs."""
 
 from __future__ import annotations
 

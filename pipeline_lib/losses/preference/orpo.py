@@ -1,4 +1,4 @@
-"""ORPO: cross-entropy and a penalty on the odds ratio, no reference (methods 2.5 and 4.11). Legend: B pairs."""
+"""ORPO: cross-entropy and a penalty on the odds ratio, no reference. Legend: B pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DPO on a ranked list: the Plackett-Luce likelihood of the order (methods 2.5). Legend: K responses of a prompt."""
+"""DPO on a ranked list: the Plackett-Luce likelihood of the order. Legend: K responses of a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PRO: each response against all worse ones, at temperatures out of rewards (methods 2.11, 4.13).
+"""PRO: each response against all worse ones, at temperatures out of rewards.
 
 Legend: K responses of a prompt.
 """

@@ -1,4 +1,4 @@
-"""R-DPO: DPO with a margin for the difference of lengths (methods 2.5). Legend: B pairs."""
+"""R-DPO: DPO with a margin for the difference of lengths. Legend: B pairs."""
 
 from __future__ import annotations
 

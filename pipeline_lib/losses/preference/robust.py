@@ -1,4 +1,4 @@
-"""Robust DPO: unbiased under a known rate of flipped labels (methods 2.5). Legend: B pairs."""
+"""Robust DPO: unbiased under a known rate of flipped labels. Legend: B pairs."""
 
 from __future__ import annotations
 

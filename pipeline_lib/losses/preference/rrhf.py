@@ -1,4 +1,4 @@
-"""RRHF: order the responses by mean log-probability, and learn the best (methods 2.10, 4.1).
+"""RRHF: order the responses by mean log-probability, and learn the best.
 
 Legend: K responses of a prompt.
 """

@@ -1,4 +1,4 @@
-"""SimPO: the policy's own mean log-probability as the reward, no reference (methods 2.5 and 4.12). Legend: B pairs."""
+"""SimPO: the policy's own mean log-probability as the reward, no reference. Legend: B pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SLiC: sequence likelihoods calibrated to a ranking, regularised to a target (methods 2.12, 4.21).
+"""SLiC: sequence likelihoods calibrated to a ranking, regularised to a target.
 
 Legend: B pairs, K responses of a prompt.
 """

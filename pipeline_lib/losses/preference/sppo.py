@@ -1,4 +1,4 @@
-"""SPPO with hard labels: self-play towards a fixed log-ratio (methods 2.5). Legend: B pairs."""
+"""SPPO with hard labels: self-play towards a fixed log-ratio. Legend: B pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Best of K: softmax cross-entropy on the preferred response (methods 2.2). Legend: K responses of a prompt."""
+"""Best of K: softmax cross-entropy on the preferred response. Legend: K responses of a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bradley-Terry: every (better, worse) pair counts once (methods 2.2). Legend: K responses of a prompt."""
+"""Bradley-Terry: every (better, worse) pair counts once. Legend: K responses of a prompt."""
 
 from __future__ import annotations
 

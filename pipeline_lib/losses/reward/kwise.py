@@ -1,4 +1,4 @@
-"""K-wise comparisons: all pairs of a prompt as one element (methods 2.2, 4.9). Legend: K responses of a prompt."""
+"""K-wise comparisons: all pairs of a prompt as one element. Legend: K responses of a prompt."""
 
 from __future__ import annotations
 

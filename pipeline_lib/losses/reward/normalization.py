@@ -1,4 +1,4 @@
-"""Scores brought to a target mean and deviation on the reference's samples (methods 2.2). Legend: N samples."""
+"""Scores brought to a target mean and deviation on the reference's samples. Legend: N samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arithmetic on pairs of scores (methods 2.2). Legend: P pairs, S steps of a segment, N examples."""
+"""Arithmetic on pairs of scores. Legend: P pairs, S steps of a segment, N examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plackett-Luce: the likelihood of a whole ranking (methods 1b, 2.5). Legend: K responses of a prompt."""
+"""Plackett-Luce: the likelihood of a whole ranking. Legend: K responses of a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a response is safe at all, beside which one is better (methods 2.2). Legend: K responses of a prompt."""
+"""Whether a response is safe at all, beside which one is better. Legend: K responses of a prompt."""
 
 from __future__ import annotations
 

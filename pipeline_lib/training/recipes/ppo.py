@@ -1,4 +1,4 @@
-"""PPO (Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022; conventions of methods 2.4, 3).
+"""PPO (Schulman et al. 2017, Ziegler et al. 2019, Ouyang et al. 2022).
 
 An iteration samples one response a prompt, scores it, and makes `ppo_epochs * minibatches`
 optimizer steps on it. When it samples is `recipes/online.py`, how is `training/collection.py`.

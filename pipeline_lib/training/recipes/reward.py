@@ -1,4 +1,4 @@
-"""The reward model: a scalar head read at the last token, trained on comparisons (methods 2.2).
+"""The reward model: a scalar head read at the last token, trained on comparisons.
 
 Every comparison's K responses go through one forward as one prompt tree, and the loss sees all of
 them at once; the formula is a plug-in of `losses/reward`. Ties are no pair. A safety model may learn

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy on response tokens and their end-of-turn token.
 
-L = sum_t w_t nll_t / sum_t w_t over the whole step (methods 2.1), the weights by row and by reduction;
+L = sum_t w_t nll_t / sum_t w_t over the whole step, the weights by row and by reduction;
 plus, where asked for, the KL to the model that training began with, weighted alike, and the
 language-model loss on pretraining text. Conditional methods (2.13, 2.14) are this recipe on rows of
 their own.

@@ -1,4 +1,4 @@
-"""Losses on lists and single responses against loops over plain numbers (methods 2.5, 2.10 to 2.12)."""
+"""Losses on lists and single responses against loops over plain numbers."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_every_loss_on_lists_has_a_formula_here() -> None:
 
 
 def test_with_two_responses() -> None:
-    """K = 2: Plackett-Luce is DPO's loss, PRO's first term -log s((r1 - r2)(s1 - s2)) (methods 2.11)."""
+    """K = 2: Plackett-Luce is DPO's loss, PRO's first term -log s((r1 - r2)(s1 - s2))."""
     x = drawn(2, 5, has_ties=False)
     w, loser = (0, 1) if x.rank[0] < x.rank[1] else (1, 0)
     h = (x.lp[w] - x.ref[w]) - (x.lp[loser] - x.ref[loser])
@@ -200,7 +200,7 @@ def kto(c: float, z0: float, *, desirable: bool) -> float:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_kto_value_and_gradient(seed: int) -> None:
-    """l_D (1 - s(b (r - z0))), l_U (1 - s(b (z0 - r))), z0 = max(0, plain mean), no gradient in z0 (methods 4.15)."""
+    """l_D (1 - s(b (r - z0))), l_U (1 - s(b (z0 - r))), z0 = max(0, plain mean), no gradient in z0."""
     draw = random.Random(seed)
     lp, ref = ([draw.gauss(-20, 6) for _ in range(6)] for _ in range(2))
     kl_lp, kl_ref = ([draw.gauss(-20, 4) for _ in range(5)] for _ in range(2))

@@ -1,4 +1,4 @@
-"""Losses on pairs against loops over plain numbers, in float64, values and gradients (methods 2.5).
+"""Losses on pairs against loops over plain numbers, in float64, values and gradients.
 
 Nothing here calls a tensor function: every expected value is `math` on floats, every expected
 gradient a central difference of it.
@@ -176,7 +176,7 @@ def test_one_pair_alone_has_the_loss_it_has_in_a_batch() -> None:
 
 
 def test_an_nll_that_is_given_is_the_one_that_is_taken() -> None:
-    """ORPO and CPO on rows whose cross-entropy counts the prompt too (methods 4.11)."""
+    """ORPO and CPO on rows whose cross-entropy counts the prompt too."""
     pairs = drawn(5, 3)
     base = tensors(pairs)
     nll_B = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5], dtype=torch.float64)

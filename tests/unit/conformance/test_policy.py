@@ -1,4 +1,4 @@
-"""PPO's arithmetic against loops over plain numbers (methods 2.4, section 3, 4.4, 4.6, 4.8, 4.10)."""
+"""PPO's arithmetic against loops over plain numbers."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_warm_ups_of_the_papers() -> None:
 
 
 def test_constants_of_the_details() -> None:
-    """Defaults that methods 2.4 and section 3 name."""
+    """The published defaults."""
     chosen = PpoSettings()
     assert (chosen.gamma, chosen.gae_lambda, chosen.clip_range) == (1.0, 0.95, 0.2)
     assert (chosen.value_clip_range, chosen.value_coef, chosen.ppo_epochs) == (0.2, 0.1, 4)

@@ -1,7 +1,7 @@
 """A whole step of PPO against plain forwards and loops: rewards, whitening, advantages, both losses, every gradient.
 
 The expected loss is made anew from the sampled ids: one row a forward of the plain models, everything
-between their outputs and the loss in Python loops (methods 2.4, section 3: 7, 10, 14, 16 to 19).
+between their outputs and the loss in Python loops.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reward models and LLaMA-2's combination against loops over plain numbers (methods 2.2, 2.3, 4.5, 4.7, 4.9)."""
+"""Reward models and LLaMA-2's combination against loops over plain numbers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_reward_loss_has_a_formula_here() -> None:
 
 
 def test_what_a_step_is_divided_by() -> None:
-    """Bradley-Terry by pairs, K-wise by prompts, ties as C(K, 2) has them (methods 4.9)."""
+    """Bradley-Terry by pairs, K-wise by prompts, ties as C(K, 2) has them."""
     scores_K, rank_K = torch.zeros(4), torch.tensor([1, 2, 2, 3])  # 5 pairs of 6
     divisors = {
         name: REWARD_LOSSES.build({"name": name}).of_prompt(scores_K, rank_K, weight=2.0)[1] for name in REWARD_LOSSES

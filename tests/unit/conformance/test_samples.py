@@ -1,4 +1,4 @@
-"""Figures of samples and groups of them, against brute force and other libraries (methods 2.6, 2.9, 4.14, 4.20)."""
+"""Figures of samples and groups of them, against brute force and other libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals, report card and win rates against scipy and scikit-learn (methods 1d, gate statistics)."""
+"""Intervals, report card and win rates against scipy and scikit-learn."""
 
 from __future__ import annotations
 

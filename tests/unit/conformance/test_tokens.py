@@ -1,4 +1,4 @@
-"""Cross-entropy and divergences of tokens against torch on full logits (methods 2.1, 2.4, 2.13, 2.14, 4.10)."""
+"""Cross-entropy and divergences of tokens against torch on full logits."""
 
 from __future__ import annotations
 

@@ -87,6 +87,21 @@ def test_one_that_is_renewed_is_alive(store: ArtifactStore) -> None:
         far.assert_held()
 
 
+def test_a_renewal_whose_answer_got_lost_is_still_ours(store: ArtifactStore) -> None:
+    with Lease.acquire(store, KEY, owner="first") as lease:
+        with lease._lock:
+            written = lease._holder.model_copy(update={"renewals": 5})
+            store.objects.put(PATH, written.model_dump_json().encode())
+            lease._write()
+        lease.assert_held()
+        # Another's is another's, however it came there.
+        with lease._lock:
+            place(store, token=2)
+            lease._write()
+        with pytest.raises(HeldError, match="taken over"):
+            lease.assert_held()
+
+
 @pytest.mark.parametrize(
     "changed",
     [

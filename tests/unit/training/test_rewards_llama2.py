@@ -1,4 +1,4 @@
-"""LLaMA-2's piecewise reward (methods 2.3), against numbers worked by hand."""
+"""LLaMA-2's piecewise reward, against numbers worked by hand."""
 
 from __future__ import annotations
 
