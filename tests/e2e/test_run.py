@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from flows.cli import main
+from pipeline_lib.processes import free_port
 from pipeline_lib.stages.faults import FLOW_VARIABLE, KILL_VARIABLE
 from pipeline_lib.storage.embedded import EmbeddedS3
 from pipeline_lib.storage.store import ArtifactStore
@@ -175,6 +176,27 @@ def read_until_sft(process: subprocess.Popen[str]) -> str:
         if line.startswith("sft"):
             return told
     raise AssertionError(told)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_up_takes_all_it_started_with_it(home: Path, number: signal.Signals) -> None:
+    process = start(home, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
+    assert process.stdout is not None
+    told = ""
+    for line in process.stdout:
+        told += line
+        if "Ctrl-C ends them" in line:
+            break
+    started = psutil.Process(process.pid).children(recursive=True)
+    commands = [" ".join(one.cmdline()) for one in started]
+    for part in ("prefect server start", "mlflow server", "flows.served", "weed"):
+        assert any(part in command for command in commands), (part, told)
+    process.send_signal(number)
+    code, _, err = finish(process, timeout_s=120)
+    assert code == (0 if number is signal.SIGTERM else -number), told + err
+    _, left = psutil.wait_procs(started, timeout=120)
+    assert not left, [" ".join(one.cmdline()) for one in left]
 
 
 def test_an_error_of_a_process_names_cause_and_next_step(home: Path) -> None:
