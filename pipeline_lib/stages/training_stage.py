@@ -16,6 +16,7 @@ from pipeline_lib.stages.faults import kill_point
 from pipeline_lib.text.chat_template import ChatTokenizer
 from pipeline_lib.text.encode import Encoder, Tree
 from pipeline_lib.training.critic import Normalization
+from pipeline_lib.training.guards import named_rows
 from pipeline_lib.training.loop import LoopHooks, TrainingLoop, write_series
 from pipeline_lib.training.recipe import Recipe
 from pipeline_lib.training.settings import OfflineSettings, TrainingSettings
@@ -117,7 +118,7 @@ def require_whole_answers(
     )
     context.log(told)
     if frac > config.max_truncated_frac:
-        rows = ", ".join(record_id[:12] for record_id in list(dict.fromkeys(cut))[:SHOWN_ROWS])
+        rows = named_rows(list(dict.fromkeys(cut)))
         raise DataError(
             f"{told}; max_truncated_frac is {config.max_truncated_frac}; rows: {rows}",
             next_step="raise max_response_tokens, leave long rows out with the filter rule `length`, or raise "

@@ -29,6 +29,7 @@ from pipeline_lib.text.pack import TreeBatch
 from pipeline_lib.training.critic import Critic, FrozenRewardModel
 from pipeline_lib.training.generating import EveryEighth, mismatch_nats, policy_for
 from pipeline_lib.training.group import ProcessGroup
+from pipeline_lib.training.guards import named_rows
 from pipeline_lib.training.measuring import ScoresResponses, logps_and_kl, scores_in_order, tokens_in_order
 from pipeline_lib.training.recipe import StopRequestedError
 from pipeline_lib.training.reference import Reference
@@ -38,8 +39,6 @@ from pipeline_lib.training.trained_model import TrainedModel
 
 PROCESS_SEED_STRIDE = 100_003
 """Between the seeds of two processes (N-details 6)."""
-SHOWN_ROWS = 8
-"""Rows that a message names."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ def require_finite_scores(score_R: Tensor, prompts: Sequence[Tree], *, whose: st
     if odd:
         rows = list(dict.fromkeys(odd))
         raise DivergedError(
-            f"{whose} gave {len(odd)} of {len(prompts)} responses a score that is not finite; rows: {_named(rows)}",
+            f"{whose} gave {len(odd)} of {len(prompts)} responses a score that is not finite; rows: {named_rows(rows)}",
             next_step="train the reward model with `precision: fp32`, or look at the rows named above",
             row_ids=tuple(rows),
         )
@@ -283,7 +282,7 @@ def require_prompts(prompts: Sequence[Tree], *, context_tokens: int | None, max_
     empty = [tree.record_id for tree in prompts if not tree.prompt_ids]
     if empty:
         raise DataError(
-            f"{len(empty)} prompts have no token; rows: {_named(empty)}", next_step="keep the filter rule `empty`"
+            f"{len(empty)} prompts have no token; rows: {named_rows(empty)}", next_step="keep the filter rule `empty`"
         )
     if context_tokens is None:
         return
@@ -291,15 +290,10 @@ def require_prompts(prompts: Sequence[Tree], *, context_tokens: int | None, max_
     if long:
         raise DataError(
             f"{len(long)} prompts leave no room for {max_new_tokens} tokens in the model's context of "
-            f"{context_tokens}; rows: {_named(long)}",
+            f"{context_tokens}; rows: {named_rows(long)}",
             next_step=f"set max_prompt_tokens to {max(context_tokens - max_new_tokens, 0)} at most, "
             "or lower max_new_tokens",
         )
-
-
-def _named(record_ids: list[str]) -> str:
-    shown = ", ".join(record_id[:12] for record_id in record_ids[:SHOWN_ROWS])
-    return shown + (f" and {len(record_ids) - SHOWN_ROWS} more" if len(record_ids) > SHOWN_ROWS else "")
 
 
 def _trees(prompts: Sequence[Tree], responses: Sequence[Sequence[int]]) -> list[Tree]:

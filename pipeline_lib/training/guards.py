@@ -17,7 +17,8 @@ START_TOLERANCE_NATS_PER_TOKEN = 1e-5
 _FINITE_ADVICE = "lower the learning rate, or train with `precision: fp32`; look at the rows named above"
 
 
-def _named(rows: Sequence[str]) -> str:
+def named_rows(rows: Sequence[str]) -> str:
+    """Return the beginnings of the first ids, and how many more there are, for a message."""
     return ", ".join(row[:12] for row in rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
@@ -68,7 +69,7 @@ def require_finite(value: float, *, what: str, step: int, rows: Sequence[str]) -
     """
     if not math.isfinite(value):
         raise DivergedError(
-            f"{what} is {value} at step {step}; rows of the step: {_named(rows)}",
+            f"{what} is {value} at step {step}; rows of the step: {named_rows(rows)}",
             next_step=_FINITE_ADVICE,
             row_ids=tuple(rows),
         )
@@ -102,7 +103,7 @@ def require_finite_weights(groups: Sequence[ParameterGroup], *, step: int, rows:
         return
     name = next(name for name, value in named.items() if not bool(torch.isfinite(value).all()))
     raise DivergedError(
-        f"the weights of {name} are not finite after step {step}; rows of the step: {_named(rows)}",
+        f"the weights of {name} are not finite after step {step}; rows of the step: {named_rows(rows)}",
         next_step=_FINITE_ADVICE,
         row_ids=tuple(rows),
     )

@@ -50,7 +50,6 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_stopped(
     def moved(iteration: int) -> Any:
         rollouts = collect(iteration)
         with torch.no_grad():
-            next(iter(recipe.parameter_groups()[0].parameters.values())).add_(0.0)
             for name, parameter in recipe.parameter_groups()[0].parameters.items():
                 if "lora_B" in name:
                     parameter.add_(0.05)
